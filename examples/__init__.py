@@ -1,0 +1,1 @@
+"""Policies to try Plaudit with, and the simulated people who rate them."""
