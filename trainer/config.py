@@ -1,0 +1,57 @@
+"""Settings of learning. Importing this never imports torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from feedback.config import Section
+
+
+class RewardModelSettings(Section):
+    """How what people said becomes a score."""
+
+    maps: tuple[Literal["linear", "quadratic"], ...] = ("linear", "quadratic")
+    """Feature maps that are compared by held-out likelihood."""
+    ridges: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    """Ascending variances of the score under the prior that are compared; the grid grows by itself while its edge is the best."""
+    grid_extensions: int = Field(default=4, ge=0, le=20)
+    """How many values the grid may grow by; if the edge is still the best then, the evidence warns."""
+    folds: int = Field(default=5, ge=2, le=20)
+    """Folds of the cross-validation; a prompt is never in two of them."""
+    max_rater_share: float = Field(default=0.01, gt=0, le=1)
+    """Largest share of the total weight that one rater may have; 2 / raters where that is more."""
+    clip: float = Field(default=4.0, gt=0)
+    """Normalised scores are clipped to plus and minus this many sd."""
+    base_samples: int = Field(default=4, ge=2, le=64)
+    """Answers of the base policy to each prompt, whose mean score is the prompt's zero."""
+    watch_share: float = Field(default=0.25, ge=0, lt=1)
+    """Share of the raters kept for a second reward model that may stop PPO early; 0 uses all raters for the first."""
+    watch_min_raters: int = Field(default=8, ge=2)
+    """With fewer raters there is no second reward model."""
+    watch_min_labels: int = Field(default=150, ge=1)
+    """With fewer ratings there is no second reward model."""
+    allow_single_rater: bool = False
+    """Train although all ratings are one rater's; the adapter then serves that rater only, and its evidence says so."""
+    seed: int = 0
+    """Draws the folds, the split of raters and the shuffled control."""
+
+
+class CycleSettings(Section):
+    """One turn of the trainer: when it starts and how it evaluates."""
+
+    min_new_ratings: int = Field(default=100, ge=1)
+    """`plaudit trainer` starts a cycle once so many ratings came in since the last one."""
+    evaluation_samples: int = Field(default=4, ge=2, le=64)
+    """Answers of base, stable and candidate to each held-out prompt."""
+    facts_margin_points: float = Field(default=2.0, gt=0)
+    """Accuracy on facts may fall by so many points at most."""
+    niceness: int = Field(default=10, ge=0, le=19)
+    """Added to the process's niceness, so that serving stays usable beside training."""
+    threads: int = Field(default=0, ge=0)
+    """Threads of torch; 0 leaves them as they are."""
+    shuffle_labels: bool = False
+    """The control: ratings are shuffled, so that the candidate must not gain and must not be promoted."""
+    seed: int = 0
+    """Draws rollouts and evaluation samples."""
