@@ -1,0 +1,151 @@
+"""The gateway as an ASGI application: routes, lifespan, health. Nothing durable hangs on its shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import AsyncIterator
+from importlib import resources
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.middleware.cors import CORSMiddleware
+
+from deploy.engine import Engine
+from deploy.registry import Registry
+from feedback.errors import NotDurable
+from feedback.stores import Stores
+from serving import errors
+from serving.chat import Gateway, chat
+from serving.config import GatewaySettings
+from serving.rating import REASONS, give, read
+from serving.record import Recorder
+from serving.route import RouteWatch
+from serving.who import Doorman, give_session
+
+DRAIN_S = 5.0
+"""How long a shutdown waits for answers in flight to record how far they came."""
+
+
+def create_app(stores: Stores, registry: Registry, engine: Engine, settings: GatewaySettings) -> FastAPI:
+    """The gateway over these stores. The caller opens and closes `stores` and `engine`."""
+    server = settings.server
+    route = RouteWatch(registry.routing, server.route_refresh_s, server.route_max_age_s)
+    doorman = Doorman(
+        stores.api_keys, stores.subjects, tenant=settings.feedback.tenant, auth=settings.feedback.auth, page=server.page
+    )
+    recorder = Recorder(stores.log, stores.subjects, settings.record.recording)
+    gateway = Gateway(settings, engine, stores, route, doorman, recorder)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await route.refresh()
+        watching = asyncio.create_task(route.run())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            if gateway.tasks:
+                await asyncio.wait(gateway.tasks, timeout=DRAIN_S)
+
+    app = FastAPI(title="Plaudit", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.gateway = gateway
+    errors.install(app)
+    if server.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(server.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key"],
+            expose_headers=["Plaudit-Feedback-Token", "Plaudit-Recorded", "Retry-After"],
+        )
+    app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
+    app.add_api_route("/v1/models", models, methods=["GET"])
+    app.add_api_route("/v1/feedback", give, methods=["POST"])
+    app.add_api_route("/v1/feedback", read, methods=["GET"])
+    app.add_api_route("/livez", live, methods=["GET"])
+    app.add_api_route("/readyz", ready, methods=["GET"])
+    app.add_api_route("/metrics", measured, methods=["GET"])
+    if server.page:
+        app.state.page = Page(settings)
+        app.add_api_route("/", page, methods=["GET"])
+    return app
+
+
+async def models(request: Request) -> JSONResponse:
+    """`GET /v1/models`: the one name that clients ask for."""
+    gateway: Gateway = request.app.state.gateway
+    gateway.doorman.caller(request, "chat")
+    model = {"id": gateway.settings.policy.name, "object": "model", "created": 0, "owned_by": "plaudit"}
+    return JSONResponse({"object": "list", "data": [model]})
+
+
+async def live() -> Response:
+    """`GET /livez`: the process answers."""
+    return Response("ok\n", media_type="text/plain")
+
+
+async def ready(request: Request) -> JSONResponse:
+    """`GET /readyz`: 200 when a chat would be answered and recorded now, else 503 with what is missing."""
+    gateway: Gateway = request.app.state.gateway
+    missing = {}
+    if not gateway.route.fresh:
+        missing["routing"] = gateway.route.problem or "the routing table is too old"
+    if not await gateway.engine.ready():
+        missing["engine"] = "the model server does not answer"
+    if gateway.settings.record.recording == "required":
+        try:
+            await gateway.stores.log.append([])
+        except NotDurable as error:
+            missing["log"] = error.message
+    return JSONResponse({"ready": not missing, "missing": missing}, 503 if missing else 200)
+
+
+async def measured() -> Response:
+    """`GET /metrics` for Prometheus."""
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+class Page:
+    """The chat page: one file, allowed to run exactly the script and the style that it came with."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        told = {
+            "model": settings.policy.name,
+            "compare": settings.comparison.page_share if settings.comparison.enabled else 0,
+            "reasons": REASONS,
+            "keep_days": settings.feedback.unrated_expiry_days,
+        }
+        source = resources.files("serving.page").joinpath("index.html").read_text("utf-8")
+        # `<` would let a setting end the element that it stands in.
+        self.html = source.replace("__SETTINGS__", json.dumps(told).replace("<", "\\u003c"))
+        script, style = (self._hashes(self.html, tag) for tag in ("script", "style"))
+        self.policy = (
+            f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+
+    @staticmethod
+    def _hashes(html: str, tag: str) -> str:
+        """The CSP sources of all inline elements of this tag."""
+        found = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", html, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in found)
+
+
+async def page(request: Request) -> HTMLResponse:
+    """`GET /`: the chat page, and a session for whoever opens it."""
+    shown: Page = request.app.state.page
+    headers = {
+        "Content-Security-Policy": shown.policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+    }
+    response = HTMLResponse(shown.html, headers=headers)
+    give_session(request, response)
+    return response

@@ -1,0 +1,50 @@
+"""What is kept of an answer: sealed under the person's key and committed to the log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Literal
+
+import structlog
+
+from feedback.events import Event, FinishedText, InteractionFinished, InteractionStarted, StartedText
+from feedback.errors import NotDurable
+from feedback.log import EventLog
+from feedback.subjects import Subjects
+from serving import metrics
+
+log = structlog.get_logger()
+
+
+class Recorder:
+    """Commits the beginning and the end of interactions. With `best_effort` a log that fails makes an answer unrecorded, not refused."""
+
+    def __init__(self, events: EventLog, subjects: Subjects, recording: Literal["required", "best_effort"]) -> None:
+        self._events = events
+        self._subjects = subjects
+        self._required = recording == "required"
+
+    async def begin(self, started: Sequence[InteractionStarted], text: StartedText) -> bool:
+        """Commit that these interactions began. Returns whether they are recorded; raises NotDurable where they must be and are not."""
+        with metrics.COMMIT.labels("started").time():
+            # The first seal of a new person writes their key to the registry's database, so it leaves the event loop.
+            sealed = await asyncio.to_thread(self._subjects.seal, (started[0].subject,), text)
+            return await self._commit([event.model_copy(update={"sealed": sealed}) for event in started])
+
+    async def end(self, finished: InteractionFinished, text: FinishedText) -> bool:
+        """Commit how an interaction ended. The person's key is cached since its beginning."""
+        with metrics.COMMIT.labels("finished").time():
+            sealed = self._subjects.seal((finished.subject,), text)
+            return await self._commit([finished.model_copy(update={"sealed": sealed})])
+
+    async def _commit(self, events: Sequence[Event]) -> bool:
+        try:
+            await self._events.append(events)
+        except NotDurable as error:
+            if self._required:
+                raise
+            metrics.UNRECORDED.inc(len(events))
+            log.warning("answer not recorded", reason=error.message, events=len(events))
+            return False
+        return True
