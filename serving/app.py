@@ -11,21 +11,23 @@ import re
 from collections.abc import AsyncIterator
 from importlib import resources
 
+from deploy.registry import Registry
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
+from feedback.stores import Stores
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 
 from deploy.engine import Engine
-from deploy.registry import Registry
 from feedback.errors import NotDurable
-from feedback.stores import Stores
+from feedback.sqlite_log import SqliteLogs
 from serving import errors
 from serving.chat import Gateway, chat
 from serving.config import GatewaySettings
 from serving.rating import REASONS, give, read
 from serving.record import Recorder
 from serving.route import RouteWatch
+from serving.standing import Standings
 from serving.who import Doorman, give_session
 
 DRAIN_S = 5.0
@@ -36,11 +38,11 @@ def create_app(stores: Stores, registry: Registry, engine: Engine, settings: Gat
     """The gateway over these stores. The caller opens and closes `stores` and `engine`."""
     server = settings.server
     route = RouteWatch(registry.routing, server.route_refresh_s, server.route_max_age_s)
-    doorman = Doorman(
-        stores.api_keys, stores.subjects, tenant=settings.feedback.tenant, auth=settings.feedback.auth, page=server.page
-    )
+    doorman = Doorman(stores.api_keys, stores.subjects, tenant=settings.feedback.tenant, auth=settings.feedback.auth, page=server.page)
     recorder = Recorder(stores.log, stores.subjects, settings.record.recording)
-    gateway = Gateway(settings, engine, stores, route, doorman, recorder)
+    logs = SqliteLogs(settings.feedback.data_dir / "log")
+    standings = Standings(logs, stores.subjects, settings.feedback.tenant, settings.feedback.token_expiry_s)
+    gateway = Gateway(settings, engine, stores, route, doorman, recorder, standings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -1,7 +1,8 @@
 """What is the answer? One chat request, from its parse to `[DONE]`.
 
     parse ──▶ assign ──┬──▶ commit `interaction.started` ──┐
-                       └──▶ ask the engine ────────────────┴──▶ first byte ──▶ relay, chunk by chunk ──▶ commit `interaction.finished` ──▶ [DONE]
+                       └──▶ ask the engine ────────────────┴──▶ first byte
+    ──▶ relay, chunk by chunk ──▶ commit `interaction.finished` ──▶ [DONE]
 
 The two commits are what a feedback token stands on: nobody sees a byte of an answer whose beginning is not on disk, and nobody sees
 `[DONE]` of one whose end is not. The engine works while the first one is written, so it costs no waiting. `turn.py` is one answer,
@@ -19,11 +20,11 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
+from feedback.stores import Stores
 
 from deploy.engine import Engine
 from feedback.errors import InvalidInput, NotDurable, NotFound, PlauditError
-from feedback.events import InteractionStarted, StartedText, new_id
-from feedback.stores import Stores
+from feedback.events import FeedbackCleared, FeedbackGiven, InteractionStarted, StartedText, new_id
 from serving import metrics
 from serving.comparison import Seat, lockstep, seats
 from serving.config import GatewaySettings
@@ -32,6 +33,7 @@ from serving.openai_api import DONE, SAMPLING, ChatRequest, delta_choice, engine
 from serving.receipt import Receipt
 from serving.record import Recorder
 from serving.route import RouteWatch
+from serving.standing import Standings
 from serving.turn import Turn
 from serving.who import Caller, Doorman, Person
 from serving.wire import ClientGone, EventStream, read_body, unless_gone
@@ -49,10 +51,19 @@ class Gateway:
     route: RouteWatch
     doorman: Doorman
     recorder: Recorder
+    standings: Standings
     chance: random.Random = field(default_factory=random.SystemRandom)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     """Turns and commits still running; they outlive the request of a client that left."""
     streams: int = 0
+
+    async def give(self, event: FeedbackGiven | FeedbackCleared) -> FeedbackGiven | FeedbackCleared:
+        """Commit feedback; it is stored even when the client leaves meanwhile. Returns it with its stamp."""
+        task = asyncio.create_task(self.stores.log.append([event]))
+        self.keep(task)
+        stored = (await asyncio.shield(task))[0]
+        assert isinstance(stored, FeedbackGiven | FeedbackCleared)
+        return stored
 
     def keep(self, task: asyncio.Task[Any]) -> None:
         """Hold on to a task until it is done; asyncio itself does not."""

@@ -6,21 +6,21 @@ A 2xx means committed. The last word on a slot counts; saying the same again, or
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+import asyncio
+from typing import Annotated, Literal
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import Field, StringConstraints, ValidationError
-from starlette.concurrency import run_in_threadpool
 
-from feedback.archive import TargetState
 from feedback.errors import InvalidInput, NotAllowed, NotAuthenticated
-from feedback.events import FeedbackCleared, FeedbackGiven, FeedbackText, Slot
+from feedback.events import FeedbackCleared, FeedbackGiven, FeedbackText, Slot, new_id
 from feedback.tokens import Action, Claims
 from serving import metrics
 from serving.chat import Gateway
 from serving.openai_api import Strict, refusal, shown
+from serving.receipt import OF_AN_ANSWER
+from serving.standing import Standing
 from serving.wire import read_body
 
 REASONS: dict[str, tuple[str, ...]] = {
@@ -51,20 +51,6 @@ class Said(Strict):
     slot: Slot | None = None
     interaction_id: str | None = Field(default=None, max_length=64)
     """With an API key instead of a token: what is rated."""
-    comparison_id: str | None = Field(default=None, max_length=64)
-
-
-@dataclass(frozen=True)
-class Rater:
-    """In whose name, and on what, this request speaks."""
-
-    claims: Claims
-
-    def require(self, action: Action) -> None:
-        """Raises NotAllowed where the token does not allow this."""
-        if action not in self.claims.actions:
-            kind, allowed = self.claims.target_kind, ", ".join(self.claims.actions)
-            raise NotAllowed(f"kind: '{action}' is not possible on this {kind}; its token allows {allowed}.", field="kind")
 
 
 def parse(body: bytes) -> Said:
@@ -97,30 +83,95 @@ async def give(request: Request) -> JSONResponse:
     """`POST /v1/feedback`."""
     gateway: Gateway = request.app.state.gateway
     body = await read_body(request, gateway.settings.server.max_body_bytes)
-    rater = await who_rates(request, gateway, body)
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= MAX_KEY_CHARS:
+        raise InvalidInput(f"Idempotency-Key has {len(key)} characters, it may have 1 to {MAX_KEY_CHARS}.", field="Idempotency-Key")
+    token = token_of(request, gateway)
     said = parse(body)
-    rater.require(said.kind)
-    claims = rater.claims
-    key = idempotency_key(request)
-    event = await run_in_threadpool(as_event, gateway, claims, said, body, key)
-    with metrics.COMMIT.labels("feedback").time():
-        stored = (await gateway.stores.commit([event]))[0]
+    claims = token or await asyncio.to_thread(claims_of_key, gateway, said.interaction_id)
+    require(claims, said.kind)
+    # Off the event loop: sealing may write a new person's key, and what they said so far is read from disk.
+    standing = await asyncio.to_thread(gateway.standings.of, claims)
+    event = await asyncio.to_thread(as_event, gateway, claims, said, body, key)
+    repeated = standing.repeated_by(event, said.comment or said.correction) if key is None else None
+    if repeated is None:
+        with metrics.COMMIT.labels("feedback").time():
+            stored = await gateway.give(event)
+        standing = standing.after(stored, said.comment, said.correction)
+    else:
+        stored = repeated
     metrics.FEEDBACK.labels(said.kind).inc()
-    state = await run_in_threadpool(gateway.stores.state, claims.target, claims.subject)
-    reply = {
-        "feedback_id": stored.event_id,
-        "version": stored.stamp,
-        "state": shown_state(gateway, state),
-        "durable": gateway.settings.feedback.ack,
-    }
+    reply = {"feedback_id": stored.event_id, "version": stored.stamp, "state": standing.shown(), "durable": gateway.settings.feedback.ack}
     return JSONResponse(reply, headers={"Cache-Control": "no-store"})
 
 
 async def read(request: Request) -> JSONResponse:
     """`GET /v1/feedback`: what counts now, and what became of it."""
     gateway: Gateway = request.app.state.gateway
-    rater = await who_rates(request, gateway, b"")
-    rater.require("read")
-    state = await run_in_threadpool(gateway.stores.state, rater.claims.target, rater.claims.subject)
-    reply = {"state": shown_state(gateway, state), "as_of": state.as_of, "became": state.became}
+    claims = token_of(request, gateway)
+    if claims is None:
+        claims = await asyncio.to_thread(claims_of_key, gateway, request.query_params.get("interaction_id"))
+    require(claims, "read")
+    standing: Standing = await asyncio.to_thread(gateway.standings.of, claims)
+    reply = {"state": standing.shown(), "as_of": standing.as_of, "became": standing.became}
     return JSONResponse(reply, headers={"Cache-Control": "no-store"})
+
+
+def token_of(request: Request, gateway: Gateway) -> Claims | None:
+    """The claims of the request's feedback token; None for an API key with the scope `feedback`. Raises NotAuthenticated or Gone."""
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "feedback":
+        claims = gateway.stores.tokens.check(token.strip())
+        if claims.tenant != gateway.settings.feedback.tenant:
+            raise NotAuthenticated("The feedback token belongs to another tenant.", field="Authorization")
+        return claims
+    if kind.lower() != "bearer":
+        raise NotAuthenticated("A feedback token is needed: Authorization: Feedback <token>.", field="Authorization")
+    gateway.doorman.caller(request, "feedback")
+    return None
+
+
+def claims_of_key(gateway: Gateway, interaction_id: str | None) -> Claims:
+    """With an API key: what a token of this interaction would allow. Raises InvalidInput or NotFound."""
+    if interaction_id is None:
+        raise InvalidInput("interaction_id: is missing; with an API key it says what is rated.", field="interaction_id")
+    return gateway.standings.claims(interaction_id, OF_AN_ANSWER)
+
+
+def require(claims: Claims, action: Action) -> None:
+    """Raises NotAllowed where the token does not allow this."""
+    if action not in claims.actions:
+        allowed = ", ".join(claims.actions)
+        raise NotAllowed(f"kind: {action} is not possible on this {claims.target_kind}; its token allows {allowed}.", field="kind")
+
+
+def as_event(gateway: Gateway, claims: Claims, said: Said, body: bytes, key: str | None) -> FeedbackGiven | FeedbackCleared:
+    """The event of what was said. Its stamp, if any, is the client's `version`, which the log's clock advances past."""
+    ids = gateway.stores.subjects.ids
+    slot: Slot = said.slot if said.kind == "clear" and said.slot else said.kind  # type: ignore[assignment]  # every other kind is a slot
+    event_id = ids.feedback(claims.tenant, claims.subject, slot, claims.target, body, key) if key else new_id()
+    idempotency = ids.idempotency(claims.tenant, claims.subject, slot, key)
+    if said.kind == "clear":
+        return FeedbackCleared(
+            event_id=event_id,
+            stamp=said.version or 0,
+            tenant=claims.tenant,
+            target=claims.target,
+            rater=claims.subject,
+            slot=slot,
+            idempotency=idempotency,
+        )
+    written = FeedbackText(comment=said.comment, correction=said.correction)
+    return FeedbackGiven(
+        event_id=event_id,
+        stamp=said.version or 0,
+        tenant=claims.tenant,
+        target=claims.target,
+        rater=claims.subject,
+        slot=slot,
+        value=said.value,
+        reasons=tuple(said.reasons),
+        source=claims.source,
+        idempotency=idempotency,
+        sealed=gateway.stores.subjects.seal((claims.subject,), written) if said.comment or said.correction else None,
+    )

@@ -8,8 +8,8 @@ from typing import Literal
 
 import structlog
 
-from feedback.events import Event, FinishedText, InteractionFinished, InteractionStarted, StartedText
 from feedback.errors import NotDurable
+from feedback.events import Event, FinishedText, InteractionFinished, InteractionStarted, StartedText
 from feedback.log import EventLog
 from feedback.subjects import Subjects
 from serving import metrics

@@ -1,0 +1,159 @@
+"""A gateway over real stores and the scripted engine, served by a real uvicorn on a free port."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import httpx2
+import uvicorn
+from deploy.registry import Registry
+from feedback.stores import Stores, open_stores
+
+from deploy.config import PolicySettings
+from deploy.engine import Scripted
+from deploy.routing import AdapterRef, RoutingTable
+from feedback.config import FeedbackSettings, Settings
+from feedback.errors import NotFound
+from feedback.events import Event, InteractionFinished, InteractionStarted
+from feedback.sqlite_log import SqliteLogs
+from serving.app import create_app
+from serving.config import ComparisonSettings, GatewaySettings, RecordSettings, ServerSettings
+
+STABLE = AdapterRef(adapter="a" * 64, temperature=0.7)
+CANARY = AdapterRef(adapter="c" * 64, temperature=0.7)
+MODEL = "plaudit"
+
+
+class Routes:
+    """The one thing that a gateway asks of the registry; tests change `table` or make it fail."""
+
+    def __init__(self) -> None:
+        self.table = RoutingTable(version=1, stable=STABLE)
+        self.broken = False
+
+    def routing(self) -> RoutingTable:
+        if self.broken:
+            raise NotFound("the registry's database is away")
+        return self.table
+
+    def with_canary(self, weight: float = 0.5) -> None:
+        self.table = RoutingTable(version=2, stable=STABLE, canary=CANARY, rollout="r1", weight=weight, salt="s")
+
+
+def echo(name: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Says which words came last, and which adapter says so."""
+    voice = "new" if name.startswith("a-cccc") else "old"
+    return f"{voice} heard {messages[-1]['content']}"
+
+
+@dataclass
+class World:
+    """A running gateway and all it stands on."""
+
+    url: str
+    engine: Scripted
+    stores: Stores
+    routes: Routes
+    data_dir: Path
+    secret: str
+    app: Any = None
+    asked: list[dict[str, Any]] = field(default_factory=list)
+
+    def client(self, **options: Any) -> httpx2.Client:
+        """A client with the world's API key."""
+        headers = {"Authorization": f"Bearer {self.secret}"}
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=10, **options)
+
+    def chat(self, text: str = "hello", **fields: Any) -> httpx2.Response:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": text}], **fields}
+        with self.client() as client:
+            return client.post("/v1/chat/completions", json=body)
+
+    def feedback(self, token: str, body: object, **headers: str) -> httpx2.Response:
+        with httpx2.Client(base_url=self.url, timeout=10) as client:
+            return client.post("/v1/feedback", json=body, headers={"Authorization": f"Feedback {token}", **headers})
+
+    def state(self, token: str) -> httpx2.Response:
+        with httpx2.Client(base_url=self.url, timeout=10) as client:
+            return client.get("/v1/feedback", headers={"Authorization": f"Feedback {token}"})
+
+    def events(self) -> list[Event]:
+        """Everything that is committed, in the order of commit."""
+        records = SqliteLogs(self.data_dir / "log").read({}, 1_000_000)
+        return [record.event for record in records if record.event is not None]
+
+    def started(self) -> list[InteractionStarted]:
+        return [event for event in self.events() if isinstance(event, InteractionStarted)]
+
+    def finished(self) -> list[InteractionFinished]:
+        return [event for event in self.events() if isinstance(event, InteractionFinished)]
+
+
+def eventually(what: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait for a state."""
+    end = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < end, "the awaited state did not come"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def serve(
+    data_dir: Path,
+    *,
+    engine: Scripted | None = None,
+    server: ServerSettings | None = None,
+    record: RecordSettings | None = None,
+    auth: bool = True,
+    system_prompt: str | None = None,
+    max_tokens: int = 64,
+) -> Iterator[World]:
+    """A running world."""
+    feedback = FeedbackSettings(data_dir=data_dir, auth=auth)
+    stores = open_stores(Settings(feedback=feedback))
+    _, secret = stores.api_keys.create("tests", ("chat", "feedback"))
+    engine = engine or Scripted(echo)
+    adapter = data_dir / "adapter"
+    adapter.mkdir(exist_ok=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    names = [STABLE.name, CANARY.name, RoutingTable(version=1, stable=STABLE, rollout="r1").baseline_name or ""]
+    engine._loaded.update(dict.fromkeys(names, adapter))  # loading is a coroutine of the gateway's loop, which does not run yet
+    routes = Routes()
+    settings = GatewaySettings(
+        server=server or ServerSettings(route_refresh_s=0.02, route_max_age_s=0.3),
+        record=record or RecordSettings(),
+        comparison=ComparisonSettings(page_share=0),
+        policy=PolicySettings(name=MODEL, system_prompt=system_prompt, max_tokens=max_tokens, max_model_len=512),
+        feedback=feedback,
+    )
+    app = create_app(stores, cast(Registry, routes), engine, settings)
+    runner = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
+    thread = threading.Thread(target=runner.run, daemon=True)
+    thread.start()
+    eventually(lambda: runner.started)
+    port = runner.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield World(f"http://127.0.0.1:{port}", engine, stores, routes, data_dir, secret, app)
+    finally:
+        runner.should_exit = True
+        thread.join(10)
+        stores.close()
+
+
+def sse(text: str) -> list[Any]:
+    """The data of a stream's events; `[DONE]` as it stands."""
+    parts = [part.removeprefix("data: ") for part in text.split("\n\n") if part]
+    return [part if part == "[DONE]" else json.loads(part) for part in parts]
+
+
+def said(events: Sequence[Any], index: int = 0) -> str:
+    """The text of one choice in a stream."""
+    choices = [choice for event in events if event != "[DONE]" for choice in event.get("choices", []) if choice["index"] == index]
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
