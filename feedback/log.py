@@ -18,22 +18,31 @@ class Record:
 
     partition: str
     offset: int
-    event: Event
+    event: Event | None
+    """None: these bytes are no event that this version knows. The archive sets them aside."""
+    value: bytes
+    """The event as stored."""
 
 
-class EventLog(Protocol):
+class EventReader(Protocol):
+    """What the archive reads from."""
+
+    def read(self, position: Position, limit: int) -> list[Record]:
+        """At most `limit` records from `position` on, in order within each partition. Blocks on disk or network."""
+
+
+class EventLog(EventReader, Protocol):
     """An append-only set of partitions, ordered within each."""
 
     async def append(self, events: Sequence[Event]) -> list[Event]:
         """Commit the events together and return them with their stamps. Durable when it returns.
 
-        An event whose `event_id` is stored already is not stored again: the stored one is returned in its place.
-        Raises NotDurable where the events could not be committed, IdempotencyMismatch where the same `idempotency`
-        is stored with another `event_id`.
+        A stamp that an event already has is a lower bound: the new one is greater (pass a client's `version` so).
+        Where the log can look it up (SQLite), an event whose `event_id` is stored is not stored again and the stored one
+        is returned in its place, and IdempotencyMismatch is raised where the same `idempotency` is stored with another
+        `event_id`. Kafka may hold an event twice; whoever reads de-duplicates by `event_id`.
+        Raises NotDurable where the events could not be committed; then none of them counts as stored.
         """
-
-    def read(self, position: Position, limit: int) -> list[Record]:
-        """At most `limit` records from `position` on, in order within each partition. Blocks on disk or network."""
 
     def close(self) -> None:
         """Release files and threads. Nothing durable depends on it."""

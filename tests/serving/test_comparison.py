@@ -65,10 +65,8 @@ def test_lockstep_loses_nothing_and_waits_for_the_slowest(scripts: list[list[tup
 @given(st.integers(0, 10_000), st.integers(1, 4))
 def test_seats_of_a_plain_request_are_the_persons_arm(number: int, choices: int) -> None:
     mine = assign(f"s_{number}", TABLE)
-    given_seats = seats(f"s_{number}", TABLE, choices, False, random.Random(0))
-    assert [(seat.arm, seat.name, seat.propensity, seat.side) for seat in given_seats] == [
-        (mine.arm, mine.name, mine.propensity, None)
-    ] * choices
+    got = seats(f"s_{number}", TABLE, choices, False, random.Random(0))
+    assert [(seat.arm, seat.name, seat.propensity, seat.side) for seat in got] == [(mine.arm, mine.name, mine.propensity, None)] * choices
 
 
 @given(st.integers(0, 10_000), st.integers())

@@ -154,7 +154,7 @@ def test_tokens_that_are_not_ours(world: World, tmp_path: Path) -> None:
     up = {"kind": "rating", "value": "up"}
     with serve(tmp_path / "other") as other:
         foreign = token_of(other.chat("hi"))
-    tries: list[Any] = [token[:-2], token[:-1] + ("A" if token[-1] != "A" else "B"), token + "=", "!" + token, "", foreign, "x" * 5000]
+    tries: list[Any] = [token[:-2], token[:-1] + ("A" if token[-1] != "A" else "B"), token + "=", "!" + token, "-", foreign, "x" * 5000]
     for bad in tries:
         assert world.feedback(bad, up).status_code == 401, bad
     with httpx2.Client(base_url=world.url) as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,6 @@ HI = [{"role": "user", "content": "hi"}]
         (b"", None, "JSON"),
         (b"{", None, "JSON"),
         (b"\xff\xfe", None, "JSON"),
-        (b'{"a": 1, "a": NaN}', None, "JSON"),
         (b"[" * 5000, None, "JSON"),
         (b"null", None, ""),
         (b'"hi"', None, ""),
@@ -95,10 +95,8 @@ def test_a_long_body_is_refused_while_it_is_read(world: World) -> None:
     with world.client() as client:
         declared = client.post("/v1/chat/completions", content=b" " * (256 * 1024 + 1))
         assert declared.status_code == 413 and "262144" in declared.json()["error"]["message"]
-        try:
+        with contextlib.suppress(httpx2.TransportError):  # the connection may be closed on us before the reply can be read
             assert client.post("/v1/chat/completions", content=endless()).status_code == 413
-        except httpx2.TransportError:
-            pass  # the connection was closed on us before the reply could be read
         assert client.get("/livez").status_code == 200
 
 

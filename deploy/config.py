@@ -1,0 +1,113 @@
+"""What an operator may set about the policy, its server, the rollout and the gates. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from feedback.config import Section
+
+
+class PolicySettings(Section):
+    """The one base model of this deployment and how it is asked. Raters, rollouts and serving share these values."""
+
+    base: str = "smollm2"
+    """A shipped policy (`smollm2`, `concierge`), a folder, or a Hugging Face id."""
+    name: str = "plaudit"
+    """The model name that clients ask for; answered by whatever the alias `stable` points at."""
+    system_prompt: str | None = None
+    """Put before every conversation that brings none of its own."""
+    temperature: float = Field(default=1.0, gt=0, le=2)
+    """Of serving, rollouts and the reference alike; the default when a client names none."""
+    max_tokens: int = Field(default=64, ge=1)
+    """Longest answer, when a client names no limit."""
+    max_model_len: int = Field(default=1024, ge=16)
+    """Prompt and answer together, in tokens."""
+
+
+class EngineSettings(Section):
+    """The model server."""
+
+    kind: Literal["vllm", "scripted"] = "vllm"
+    """`scripted` answers from a function, for development without a model."""
+    url: str | None = None
+    """An existing vLLM server; unset: Plaudit starts one beside itself."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """Where the own vLLM listens on 127.0.0.1; 0 takes a free one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 where the processor computes in it, else float32, which is then the faster one."""
+    threads: int = Field(default=0, ge=0)
+    """Threads of the model's arithmetic; 0 is every core of this process."""
+    kv_cache_mb: int = Field(default=256, ge=32)
+    """Said explicitly, because vLLM otherwise claims nearly all memory of the machine."""
+    max_loras: int = Field(default=6, ge=2)
+    """Adapters that one batch may mix."""
+    max_cpu_loras: int = Field(default=12, ge=2)
+    """Adapters held in memory."""
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = 8
+    """Every slot is computed at this rank: no larger than the adapters need."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Answers written at the same time."""
+    max_num_batched_tokens: int = Field(default=2048, ge=32)
+    """Tokens of one step; bounds the memory that LoRA gathers on a CPU."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    """How long a start may take before it counts as failed."""
+    shutdown_timeout_s: int = Field(default=10, ge=0)
+    """How long answers may go on after a request to stop."""
+
+
+class RolloutSettings(Section):
+    """From candidate to stable."""
+
+    weight: float = Field(default=0.3, gt=0, le=0.5)
+    """Share of users who get the canary; as many get the baseline."""
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    """Risk of ever promoting one that people like no better; the i-th promotion is tested at alpha / (i (i + 1))."""
+    guard_alpha: float = Field(default=0.025, gt=0, lt=1)
+    """Risk, shared by all guards, of stopping a canary that is no worse."""
+    guard_margin: float = Field(default=0.1, ge=0, lt=1)
+    """How much more often an answer of the canary may fail or be empty than one of the baseline."""
+    votes_per_rater: int = Field(default=3, ge=1)
+    """A rater counts once, with the mean of this many first choices."""
+    futility: float = Field(default=0.52, gt=0.5, lt=1)
+    """The canary ends when even the upper bound of its win rate lies below."""
+    max_days: float = Field(default=14.0, gt=0)
+    """A canary that has not won by then ends as inconclusive."""
+    two_people: bool = True
+    """The key that registered an adapter may not approve it."""
+    tick_s: float = Field(default=1.0, gt=0)
+    """How often the controller looks."""
+    lease_s: float = Field(default=10.0, gt=0)
+    """How long a leader that has gone silent stays leader."""
+    drain_s: float = Field(default=60.0, ge=0)
+    """How long a name that nobody needs any more stays loaded, and longer while an answer of it is being written."""
+
+
+class GateSettings(Section):
+    """What an evaluation has to show before anybody is answered by a candidate."""
+
+    min_gain: float = 0.0
+    """The lower bound of the reward's gain must exceed this, against stable and against base."""
+    min_prompts: int = Field(default=8, ge=2)
+    """Held-out prompts below which a gain is not judged."""
+    kl_slack: float = Field(default=1.5, ge=1)
+    """The KL may exceed its budget by this factor, the hard stop of training."""
+    facts_margin_points: float = Field(default=2.0, gt=0)
+    """Facts may be this much worse at most, at the upper bound of the harm."""
+    demo_facts_margin_points: float | None = None
+    """Margin for a demonstration's small set of facts, which cannot certify the other; named in every verdict."""
+    length_factor: float = Field(default=1.5, gt=1)
+    """Answers may grow or shrink by this factor."""
+    allow_shorter: bool = False
+    """Raters asked for brevity: answers may shrink without limit as long as they stay on topic."""
+    max_repetition_rise: float = Field(default=0.05, ge=0, le=1)
+    """Rise of the share of repeated word triples."""
+    max_unfinished_rise: float = Field(default=0.1, ge=0, le=1)
+    """Rise of the share of answers cut off by the length limit."""
+    max_refusal_rise: float = Field(default=0.05, ge=0, le=1)
+    """Rise of the share of answers that refuse."""
+    max_on_topic_fall: float = Field(default=0.1, ge=0, le=1)
+    """Fall of the share of answers that name what was asked."""
+    probe_timeout_s: float = Field(default=60.0, gt=0)
+    """How long the candidate may take to answer the operator's probe prompts."""

@@ -1,0 +1,227 @@
+"""The de-duplicated record of everything that was said and answered, and the current state of ratings beside it.
+
+One SQLite file. Rows, the current state and the read positions change in one transaction, so each event counts exactly once however
+often a log is read. Erasure is remembered as (subject, stamp): what that subject said or asked before it is deleted, also where it
+arrives later from another partition.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from feedback.clock import COUNTER_BITS, wall_ms
+from feedback.errors import Conflict, NotDurable
+from feedback.events import (
+    ConsentWithdrawn,
+    Event,
+    FeedbackCleared,
+    FeedbackGiven,
+    InteractionFinished,
+    InteractionStarted,
+    SubjectErased,
+    decode,
+    encode,
+    partition_key,
+)
+from feedback.log import EventReader, Position, Record
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS events (
+    event_id TEXT PRIMARY KEY,
+    type TEXT NOT NULL,
+    stamp INTEGER NOT NULL,
+    about TEXT NOT NULL,
+    subject TEXT,
+    value BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS events_about ON events (about);
+CREATE INDEX IF NOT EXISTS events_subject ON events (subject);
+CREATE INDEX IF NOT EXISTS events_type ON events (type, stamp);
+CREATE TABLE IF NOT EXISTS interactions (
+    interaction_id TEXT PRIMARY KEY,
+    comparison_id TEXT,
+    side TEXT,
+    started_ms INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS interactions_comparison ON interactions (comparison_id);
+CREATE TABLE IF NOT EXISTS said (
+    target TEXT NOT NULL,
+    rater TEXT NOT NULL,
+    slot TEXT NOT NULL,
+    stamp INTEGER NOT NULL,
+    event_id TEXT NOT NULL,
+    cleared INTEGER NOT NULL,
+    PRIMARY KEY (target, rater, slot)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS farewells (subject TEXT NOT NULL, kind TEXT NOT NULL, stamp INTEGER NOT NULL, PRIMARY KEY (subject, kind));
+CREATE TABLE IF NOT EXISTS positions (partition TEXT PRIMARY KEY, next INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS poison (partition TEXT NOT NULL, offset INTEGER NOT NULL, value BLOB NOT NULL, PRIMARY KEY (partition, offset));
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+INSERT OR IGNORE INTO facts VALUES ('epoch', 0), ('as_of', 0);
+"""
+BATCH = 1_000
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """One question and its answer as recorded; `finished` is None while it streams or where it broke off unseen."""
+
+    started: InteractionStarted
+    finished: InteractionFinished | None
+
+
+class Archive:
+    """Thread-safe; several processes may hold the same file open."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._lock = threading.RLock()
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=30.0, check_same_thread=False)
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
+                self._db.execute(f"PRAGMA {pragma}")
+            self._db.executescript(SCHEMA)
+        except sqlite3.Error as exc:
+            raise NotDurable(f"the archive {path} cannot be opened: {exc}", retry_after_s=2) from exc
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def ingest(self, log: EventReader, epoch: int | None = None) -> int:
+        """Read the log to its end; how many events were new.
+
+        Readers that meet on one archive do not double anything: a batch counts only if nobody has moved the positions since they
+        were read. With `epoch` (from `claim`) a reader that was replaced is refused with Conflict.
+        """
+        new = 0
+        while True:
+            position = self.positions()
+            records = log.read(position, BATCH)
+            if not records:
+                return new
+            new += self._store(records, position, epoch)
+
+    def claim(self) -> int:
+        """Become the reader of this archive; the one before it is refused from now on."""
+        with self._transaction() as db:
+            db.execute("UPDATE facts SET value = value + 1 WHERE name = 'epoch'")
+            return int(db.execute("SELECT value FROM facts WHERE name = 'epoch'").fetchone()[0])
+
+    def positions(self) -> Position:
+        return dict(self._rows("SELECT partition, next FROM positions"))
+
+    def as_of(self) -> int:
+        """The stamp of the newest event in the archive."""
+        return int(self._rows("SELECT value FROM facts WHERE name = 'as_of'")[0][0])
+
+    def _store(self, records: list[Record], position: Position, epoch: int | None) -> int:
+        new = 0
+        with self._transaction() as db:
+            if epoch is not None and db.execute("SELECT value FROM facts WHERE name = 'epoch'").fetchone()[0] != epoch:
+                raise Conflict("another reader has taken over this archive")
+            following = {record.partition: record.offset + 1 for record in records}
+            for partition in following:
+                row = db.execute("SELECT next FROM positions WHERE partition = ?", (partition,)).fetchone()
+                if (row[0] if row else None) != position.get(partition):
+                    return 0  # another reader stored this batch; read again from where it got to
+            for record in records:
+                if record.event is None:
+                    db.execute("INSERT OR IGNORE INTO poison VALUES (?, ?, ?)", (record.partition, record.offset, record.value))
+                else:
+                    new += _keep(db, record.event)
+            db.executemany("INSERT OR REPLACE INTO positions VALUES (?, ?)", following.items())
+            newest = max((record.event.stamp for record in records if record.event), default=0)
+            db.execute("UPDATE facts SET value = max(value, ?) WHERE name = 'as_of'", (newest,))
+        return new
+
+    def state(self, target: str) -> dict[tuple[str, str], FeedbackGiven]:
+        """What is held about the target now: (rater, slot) -> event."""
+        return {(event.rater, event.slot): event for event in self.said_about(target) if isinstance(event, FeedbackGiven)}
+
+    def said_about(self, target: str) -> list[FeedbackGiven | FeedbackCleared]:
+        """The last word in each (rater, slot), clearings too."""
+        rows = self._rows("SELECT e.value FROM said s JOIN events e USING (event_id) WHERE s.target = ?", target)
+        events = [decode(row[0]) for row in rows]
+        return [event for event in events if isinstance(event, FeedbackGiven | FeedbackCleared)]
+
+    def interaction(self, interaction_id: str) -> Interaction | None:
+        """None where it is not known, was erased or has expired."""
+        started: InteractionStarted | None = None
+        finished: InteractionFinished | None = None
+        for (value,) in self._rows("SELECT value FROM events WHERE about = ? AND type LIKE 'interaction.%'", interaction_id):
+            event = decode(value)
+            if isinstance(event, InteractionStarted):
+                started = event
+            elif isinstance(event, InteractionFinished):
+                finished = event
+        return Interaction(started, finished) if started else None
+
+    def comparison(self, comparison_id: str) -> dict[str, Interaction]:
+        """Its interactions by side."""
+        rows = self._rows("SELECT side, interaction_id FROM interactions WHERE comparison_id = ?", comparison_id)
+        found = {side: self.interaction(interaction_id) for side, interaction_id in rows}
+        return {side: interaction for side, interaction in found.items() if interaction is not None}
+
+    def current(self) -> list[FeedbackGiven]:
+        """Everything that is held now, by event_id."""
+        rows = self._rows("SELECT e.value FROM said s JOIN events e USING (event_id) WHERE s.cleared = 0 ORDER BY event_id")
+        events = [decode(row[0]) for row in rows]
+        return [event for event in events if isinstance(event, FeedbackGiven)]
+
+    def events(self, kind: str, after: int = 0, limit: int = BATCH) -> list[Event]:
+        """Events of a type, e.g. `interaction.started`, with a stamp above `after`, oldest first."""
+        rows = self._rows("SELECT value FROM events WHERE type = ? AND stamp > ? ORDER BY stamp, event_id LIMIT ?", kind, after, limit)
+        return [decode(row[0]) for row in rows]
+
+    def withdrawn(self) -> set[str]:
+        """Subjects whose words may not train any more."""
+        return {row[0] for row in self._rows("SELECT subject FROM farewells WHERE kind = 'withdrawn'")}
+
+    def counts(self) -> dict[str, int]:
+        """How many events of each type, and under `held:<slot>` how many opinions are held now."""
+        counted = dict(self._rows("SELECT type, count(*) FROM events GROUP BY type"))
+        counted |= dict(self._rows("SELECT 'held:' || slot, count(*) FROM said WHERE cleared = 0 GROUP BY slot"))
+        counted["poison"] = self._rows("SELECT count(*) FROM poison")[0][0]
+        return counted
+
+    def expire(self, now_ms: int | None = None, days: int = 30) -> int:
+        """Delete interactions older than `days` that nobody holds an opinion about, by themselves or as a side. How many."""
+        before = (wall_ms() if now_ms is None else now_ms) - days * 24 * 3600 * 1000
+        unrated = (
+            "SELECT interaction_id FROM interactions i WHERE started_ms < ? AND NOT EXISTS "
+            "(SELECT 1 FROM said WHERE cleared = 0 AND target IN (i.interaction_id, i.comparison_id))"
+        )
+        with self._transaction() as db:
+            ids = db.execute(unrated, (before,)).fetchall()
+            db.executemany("DELETE FROM events WHERE about = ?", ids)
+            db.executemany("DELETE FROM said WHERE target = ?", ids)
+            db.executemany("DELETE FROM interactions WHERE interaction_id = ?", ids)
+        return len(ids)
+
+    def _rows(self, query: str, *arguments: object) -> list[tuple[str, ...]] | list[tuple[bytes, ...]] | list[tuple[int, ...]]:
+        with self._lock:
+            try:
+                return self._db.execute(query, arguments).fetchall()
+            except sqlite3.Error as exc:
+                raise NotDurable(f"the archive {self.path} cannot be read: {exc}", retry_after_s=2) from exc
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+                self._db.execute("COMMIT")
+            except sqlite3.Error as exc:
+                raise NotDurable(f"the archive {self.path} could not be written: {exc}", retry_after_s=2) from exc

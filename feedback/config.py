@@ -1,0 +1,136 @@
+"""Settings of the event log, and how every room's settings are loaded.
+
+One TOML file; each key can be overridden by the environment as `PLAUDIT__SECTION__KEY`; an unknown key is an error. A room describes
+its own section as a `Section`; the process that needs several composes them by inheriting from `Settings`.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from feedback.errors import ConfigError
+
+ENV_PREFIX = "PLAUDIT__"
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class FeedbackSettings(Section):
+    """`[feedback]`: where events lie and how long they count."""
+
+    data_dir: Path = Path("data")
+    """Folder of everything that Plaudit stores on this machine."""
+    tenant: str = Field(default="default", min_length=1, max_length=64)
+    """Written into every event; one deployment serves one tenant."""
+    token_expiry_s: int = Field(default=7 * 24 * 3600, ge=60, le=30 * 24 * 3600)
+    """How long a feedback token may be used; at most 30 days, because unrated interactions are gone by then."""
+    unrated_expiry_days: int = Field(default=30, ge=1)
+    """Interactions that nobody rated are deleted from the archive after so many days."""
+    ack: Literal["local", "broker"] = "local"
+    """What a 2xx for feedback promises: fsynced on this machine, or also received by Kafka."""
+    ack_timeout_s: float = Field(default=5.0, gt=0)
+    """With `ack = "broker"`: how long to wait for Kafka before saying 503."""
+    auth: bool = True
+    """Ask for an API key; without it everybody who reaches the port may chat and rate."""
+
+
+class KafkaSettings(Section):
+    """`[kafka]`: the broker that carries events past this machine."""
+
+    bootstrap: str | None = None
+    """`host:port[,host:port]`; without it no Kafka is used."""
+    topic: str = "plaudit.events"
+    """All events go to this topic, keyed by interaction."""
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """How the broker is spoken to."""
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    """Needed by the SASL protocols."""
+    sasl_username: str | None = None
+    """Needed by the SASL protocols."""
+    sasl_password: SecretStr | None = None
+    """Needed by the SASL protocols."""
+    ssl_cafile: Path | None = None
+    """CA certificates of the broker, PEM."""
+    batch_events: int = Field(default=500, ge=1, le=10_000)
+    """How many events may be in flight between the relay and the broker."""
+    delivery_timeout_s: float = Field(default=30.0, gt=0)
+    """After so long an event counts as not sent and is tried again."""
+
+
+class RegistrySettings(Section):
+    """`[registry]`: the database of adapters, routes, API keys and subjects' keys."""
+
+    url: str | None = None
+    """SQLAlchemy URL; without it `registry.sqlite` in the data folder."""
+
+    def resolved(self, data_dir: Path) -> str:
+        """The URL to connect to."""
+        return self.url or f"sqlite:///{(data_dir / 'registry.sqlite').absolute()}"
+
+
+class Settings(BaseSettings):
+    """What `open_stores` needs. Inherit to add a room's sections."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    feedback: FeedbackSettings = FeedbackSettings()
+    kafka: KafkaSettings = KafkaSettings()
+    registry: RegistrySettings = RegistrySettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment wins over what `load` read from the file; no .env and no secrets folder are looked for."""
+        return env_settings, init_settings
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(settings_class: type[S], path: Path | None = None) -> S:
+    """Settings from a TOML file (none: defaults) and the environment. Raises ConfigError naming the key, the value and the limit."""
+    values = _read(path) if path else {}
+    known = settings_class.model_fields
+    for name in os.environ:
+        section = name.removeprefix(ENV_PREFIX).split("__")[0].lower()
+        if name.upper().startswith(ENV_PREFIX) and section not in known:
+            raise ConfigError(f"{name} sets section '{section}', which does not exist; sections are {', '.join(known)}", field=section)
+    try:
+        return settings_class(**values)  # type: ignore[arg-type]  # pydantic checks what the file holds
+    except ValidationError as exc:
+        where, message = _first_problem(exc)
+        raise ConfigError(f"setting {where}: {message}", field=where) from None
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as exc:
+        raise ConfigError(f"the settings file {path} cannot be read: {exc.strerror}", field="config") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"the settings file {path} is not TOML: {exc}", field="config") from exc
+
+
+def _first_problem(exc: ValidationError) -> tuple[str, str]:
+    first = exc.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return where, "is not known; look for a misspelling"
+    secret = "password" in where or "secret" in where
+    return where, f"{first['msg']}, got {'***' if secret else repr(first['input'])}"

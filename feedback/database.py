@@ -1,0 +1,48 @@
+"""Opening the database that holds the registry, the API keys and the subjects' keys.
+
+SQLite for one machine, any SQLAlchemy URL (PostgreSQL) for several. Each room creates its own tables with `create_tables`.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, MetaData, create_engine, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from feedback.errors import ConfigError
+
+
+def open_database(url: str) -> Engine:
+    """An engine whose SQLite connections fsync every commit and overwrite what is deleted. Raises ConfigError."""
+    try:
+        parsed = make_url(url)
+        if parsed.get_backend_name() == "sqlite" and parsed.database and parsed.database != ":memory:":
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(parsed, pool_pre_ping=parsed.get_backend_name() != "sqlite")
+    except (ArgumentError, ImportError, OSError) as exc:
+        raise ConfigError(f"registry.url cannot be used: {exc}", field="registry.url") from exc
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _configure_sqlite)
+    return engine
+
+
+def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+    for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def create_tables(engine: Engine, metadata: MetaData) -> None:
+    """Create what is missing. Safe when several processes do it at once. Raises ConfigError where the database is not usable."""
+    try:
+        metadata.create_all(engine)
+    except SQLAlchemyError:
+        # Another process may have created a table between our look and our CREATE; the second look finds it.
+        try:
+            metadata.create_all(engine)
+        except SQLAlchemyError as exc:
+            where = engine.url.render_as_string(hide_password=True)
+            raise ConfigError(f"the database {where} cannot be used: {exc.__cause__ or exc}", field="registry.url") from exc

@@ -1,0 +1,67 @@
+"""From events to what people think now: last write wins per (target, rater, slot), by stamp, ties by event_id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from feedback.archive import Archive
+from feedback.errors import Gone
+from feedback.events import Event, FeedbackCleared, FeedbackGiven, FeedbackText, Sealed, Slot
+from feedback.sqlite_log import SqliteLogs
+from feedback.subjects import Subjects
+
+Said = FeedbackGiven | FeedbackCleared
+Cell = tuple[str, str, Slot]
+"""Target, rater, slot."""
+
+
+def fold(events: Iterable[Event]) -> dict[Cell, Said]:
+    """The last word in every cell; a cleared cell stays as the clearing event, so that an older rating arriving later does not return.
+
+    The result depends neither on the order of the events nor on how often each one appears.
+    """
+    last: dict[Cell, Said] = {}
+    for event in events:
+        if isinstance(event, FeedbackGiven | FeedbackCleared):
+            cell = (event.target, event.rater, event.slot)
+            held = last.get(cell)
+            if held is None or (held.stamp, held.event_id) < (event.stamp, event.event_id):
+                last[cell] = event
+    return last
+
+
+@dataclass(frozen=True)
+class CurrentState:
+    """What one rater holds about one target."""
+
+    slots: dict[Slot, FeedbackGiven]
+    as_of: int
+    """Stamp up to which other machines' events are in it; this machine's are always in."""
+
+
+def current_state(archive: Archive, logs: SqliteLogs, target: str, rater: str) -> CurrentState:
+    """The archive merged with this machine's partitions, so that a rater reads what he just wrote."""
+    as_of = archive.as_of()
+    known = [*archive.said_about(target), *logs.about(target)]
+    slots: dict[Slot, FeedbackGiven] = {}
+    for (_, whose, slot), event in fold(known).items():
+        if whose == rater and isinstance(event, FeedbackGiven):
+            slots[slot] = event
+    return CurrentState(slots, as_of)
+
+
+def repeated(held: FeedbackGiven | None, value: str | None, reasons: tuple[str, ...], text: FeedbackText | None, subjects: Subjects) -> str | None:
+    """The id of what is held already where somebody says the same again, else None."""
+    if held is None or held.value != value or held.reasons != reasons:
+        return None
+    return held.event_id if _opened(held.sealed, subjects) == (text or FeedbackText()) else None
+
+
+def _opened(sealed: Sealed | None, subjects: Subjects) -> FeedbackText | None:
+    if sealed is None:
+        return FeedbackText()
+    try:
+        return subjects.open(sealed, FeedbackText)
+    except Gone:
+        return None

@@ -1,0 +1,277 @@
+"""The embedded event log: one SQLite file for each writing process, which is also its outbox towards Kafka.
+
+One file per process because four processes sharing one file wait for each other (p99 1.7 -> 45 ms at 200 commits/s). Within it a
+single writer thread commits everything that is queued in one transaction (group commit), fsynced (`synchronous=FULL`) before
+anybody is told that it is stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sqlite3
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from feedback.clock import HybridClock, stamp_ms
+from feedback.errors import IdempotencyMismatch, NotDurable, PlauditError
+from feedback.events import Event, decode, encode, partition_key
+from feedback.log import Position, Record
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS events (
+    offset INTEGER PRIMARY KEY AUTOINCREMENT,
+    event_id TEXT NOT NULL UNIQUE,
+    partition_key TEXT NOT NULL,
+    idempotency TEXT,
+    value BLOB NOT NULL,
+    sent INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX IF NOT EXISTS events_partition_key ON events (partition_key);
+CREATE UNIQUE INDEX IF NOT EXISTS events_idempotency ON events (idempotency) WHERE idempotency IS NOT NULL;
+CREATE INDEX IF NOT EXISTS events_unsent ON events (offset) WHERE sent = 0;
+CREATE TABLE IF NOT EXISTS dead_letters (offset INTEGER PRIMARY KEY, reason TEXT NOT NULL, at_ms INTEGER NOT NULL);
+"""
+MAX_PENDING = 20_000
+"""Events waiting for the disk; beyond it append says NotDurable at once instead of filling memory."""
+MAX_BATCH = 2_000
+RETRY_AFTER_S = 2
+
+
+def open_file(path: Path) -> sqlite3.Connection:
+    """A connection in autocommit mode that waits up to 5 s for another writer of the same file."""
+    db = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
+    try:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        db.executescript(SCHEMA)
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
+@dataclass
+class _Request:
+    """What one caller wants to have committed together."""
+
+    events: Sequence[Event]
+    done: Future[list[Event]] = field(default_factory=Future)
+
+
+class SqliteLog:
+    """One partition and its writer thread. `clock` is shared with whoever else gives stamps in this process."""
+
+    def __init__(self, path: Path, clock: HybridClock) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.partition = path.stem
+        self.clock = clock
+        self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._pending = 0
+        self._lock = threading.Lock()
+        self._closed = False
+        self._db: sqlite3.Connection | None = self._open()
+        self._thread = threading.Thread(target=self._write_forever, name=f"log-{self.partition}", daemon=True)
+        self._thread.start()
+
+    def _open(self) -> sqlite3.Connection:
+        """Raises NotDurable. The clock never gives a stamp at or below a stored one."""
+        try:
+            db = open_file(self.path)
+            last = db.execute("SELECT value FROM events ORDER BY offset DESC LIMIT 1").fetchone()
+        except sqlite3.Error as exc:
+            raise NotDurable(f"the event log {self.path} cannot be opened: {exc}", retry_after_s=RETRY_AFTER_S) from exc
+        if last is not None and (event := parse(last[0])) is not None:
+            self.clock.observe(event.stamp)
+        return db
+
+    async def append(self, events: Sequence[Event]) -> list[Event]:
+        """See `EventLog.append`."""
+        return await asyncio.wrap_future(self.submit(events))
+
+    def append_sync(self, events: Sequence[Event]) -> list[Event]:
+        """The same for callers that are threads."""
+        return self.submit(events).result()
+
+    def submit(self, events: Sequence[Event]) -> Future[list[Event]]:
+        """Queue the events for the writer. Raises InvalidInput for a stamp from the future, NotDurable when too many wait."""
+        for event in events:
+            if event.stamp:
+                self.clock.admit(event.stamp)
+        request = _Request(events)
+        with self._lock:
+            if self._closed:
+                raise NotDurable("the event log is closed", retry_after_s=RETRY_AFTER_S)
+            if self._pending + len(events) > MAX_PENDING:
+                raise NotDurable(f"{self._pending} events wait for the disk, the limit is {MAX_PENDING}", retry_after_s=RETRY_AFTER_S)
+            self._pending += len(events)
+            self._queue.put(request)
+        return request.done
+
+    def read(self, position: Position, limit: int) -> list[Record]:
+        """Records of this partition. Raises NotDurable where the file cannot be read."""
+        return read_file(self.path, position.get(self.partition, 0), limit)
+
+    def close(self) -> None:
+        """Commit what is queued and end the writer."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._queue.put(None)
+        self._thread.join()
+
+    def _write_forever(self) -> None:
+        while True:
+            first = self._queue.get()
+            if first is None:
+                break
+            batch, ended = [first], False
+            while sum(len(request.events) for request in batch) < MAX_BATCH:
+                try:
+                    following = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if following is None:
+                    ended = True
+                    break
+                batch.append(following)
+            self._commit(batch)
+            if ended:
+                break
+        if self._db is not None:
+            self._db.close()
+
+    def _commit(self, batch: list[_Request]) -> None:
+        """One transaction for all; a request that must be refused leaves the others untouched."""
+        # Set running first: a caller who has gone by now (disconnected) gets nothing stored in his name.
+        live = [request for request in batch if request.done.set_running_or_notify_cancel()]
+        outcomes: list[list[Event] | PlauditError] = []
+        try:
+            if self._db is None:
+                self._db = self._open()
+            self._db.execute("BEGIN IMMEDIATE")
+            outcomes = [self._insert(self._db, request.events) for request in live]
+            self._db.execute("COMMIT")
+        except (sqlite3.Error, NotDurable) as exc:
+            self._abandon()
+            reason = f"the event log {self.path.name} could not be written: {exc}"
+            outcomes = [NotDurable(reason, retry_after_s=RETRY_AFTER_S) for _ in live]
+        with self._lock:
+            self._pending -= sum(len(request.events) for request in batch)
+        for request, outcome in zip(live, outcomes, strict=True):
+            if isinstance(outcome, PlauditError):
+                request.done.set_exception(outcome)
+            else:
+                request.done.set_result(outcome)
+
+    def _abandon(self) -> None:
+        """After a full disk or an I/O error: forget the transaction and the connection; the next batch opens the file anew."""
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    def _insert(self, db: sqlite3.Connection, events: Sequence[Event]) -> list[Event] | IdempotencyMismatch:
+        stored: list[Event] = []
+        db.execute("SAVEPOINT request")
+        for event in events:
+            known = db.execute("SELECT value FROM events WHERE event_id = ?", (event.event_id,)).fetchone()
+            if known is not None:
+                stored.append(decode(known[0]))
+                continue
+            tag = getattr(event, "idempotency", None)
+            if tag is not None and db.execute("SELECT 1 FROM events WHERE idempotency = ?", (tag,)).fetchone():
+                db.execute("ROLLBACK TO request")
+                db.execute("RELEASE request")
+                return IdempotencyMismatch("Idempotency-Key was used before with another body; use a new key", field="Idempotency-Key")
+            stamped = event.model_copy(update={"stamp": self.clock.tick(event.stamp)})
+            db.execute(
+                "INSERT INTO events (event_id, partition_key, idempotency, value) VALUES (?, ?, ?, ?)",
+                (stamped.event_id, partition_key(stamped), tag, encode(stamped)),
+            )
+            stored.append(stamped)
+        db.execute("RELEASE request")
+        return stored
+
+
+class SqliteLogs:
+    """All partitions in a folder, for those who read what other processes write."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def partitions(self) -> list[Path]:
+        return sorted(self.folder.glob("*.sqlite"))
+
+    def read(self, position: Position, limit: int) -> list[Record]:
+        """See `EventLog.read`; each partition gets an equal share of the limit, so that a busy one does not starve the others."""
+        paths = self.partitions()
+        records: list[Record] = []
+        share = max(1, limit // max(1, len(paths)))
+        for path in paths:
+            records += read_file(path, position.get(path.stem, 0), min(share, limit - len(records)))
+        return records
+
+    def about(self, key: str) -> list[Event]:
+        """Every event with this partition key (an interaction, a comparison, a subject), in no particular order."""
+        found: list[Event] = []
+        for path in self.partitions():
+            for record in _select(path, "partition_key = ? ORDER BY offset", (key,)):
+                if record.event is not None:
+                    found.append(record.event)
+        return found
+
+    def last_stamp(self) -> int:
+        """The greatest stamp that is stored, 0 for none."""
+        last = [_select(path, "1 ORDER BY offset DESC LIMIT 1", ()) for path in self.partitions()]
+        return max((record.event.stamp for records in last for record in records if record.event), default=0)
+
+
+def read_file(path: Path, start: int, limit: int) -> list[Record]:
+    """Records of one partition whose offset is at least `start`."""
+    return _select(path, "offset >= ? ORDER BY offset LIMIT ?", (start, limit)) if limit > 0 else []
+
+
+def _select(path: Path, where: str, arguments: tuple[object, ...]) -> list[Record]:
+    # A connection of its own, closed at once: a long-lived reader would keep the WAL from being reset.
+    try:
+        db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0)
+        try:
+            rows = db.execute(f"SELECT offset, value FROM events WHERE {where}", arguments).fetchall()
+        finally:
+            db.close()
+    except sqlite3.Error as exc:
+        if "no such table" in str(exc):  # another process is just creating it
+            return []
+        raise NotDurable(f"the event log {path} cannot be read: {exc}", retry_after_s=RETRY_AFTER_S) from exc
+    return [Record(path.stem, offset, parse(value), value) for offset, value in rows]
+
+
+def parse(value: bytes) -> Event | None:
+    """None for bytes that are no event."""
+    try:
+        return decode(value)
+    except ValidationError:
+        return None
+
+
+def prune(path: Path, archived: int, before_ms: int, only_sent: bool) -> int:
+    """Delete rows below offset `archived` that are older than `before_ms`, and with `only_sent` only what Kafka has. Returns how many."""
+    db = open_file(path)
+    try:
+        cut = 0
+        for offset, value in db.execute("SELECT offset, value FROM events WHERE offset < ? ORDER BY offset", (archived,)):
+            event = parse(value)
+            if event is not None and stamp_ms(event.stamp) >= before_ms:
+                break
+            cut = offset
+        db.execute("PRAGMA secure_delete=ON")
+        return db.execute("DELETE FROM events WHERE offset <= ? AND (sent = 1 OR ?)", (cut, not only_sent)).rowcount
+    finally:
+        db.close()

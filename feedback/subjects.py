@@ -1,0 +1,195 @@
+"""People: their pseudonyms, and the keys under which their words are stored, so that destroying a key erases the words everywhere.
+
+Each subject has a random 256-bit key, wrapped by the deployment's key-encryption key (AES-GCM) in the table `subject_keys`. Erasing
+destroys the key; somebody who returns gets a new generation of it, and what was sealed before stays closed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import os
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from pydantic import BaseModel
+from sqlalchemy import BigInteger, Column, Engine, Integer, LargeBinary, MetaData, String, Table, insert, select, text, update
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from feedback.clock import wall_ms
+from feedback.database import create_tables
+from feedback.errors import ConfigError, Gone, InvalidInput, NotDurable
+from feedback.events import Sealed
+from feedback.ids import Ids
+
+metadata = MetaData()
+subject_keys = Table(
+    "subject_keys",
+    metadata,
+    Column("subject", String(64), primary_key=True),
+    Column("generation", Integer, primary_key=True),
+    Column("wrapped", LargeBinary, nullable=True),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("erased_ms", BigInteger, nullable=True),
+)
+
+NONCE_BYTES = 12
+GENERATION_BYTES = 4
+CACHE_SUBJECTS = 10_000
+CACHE_S = 10.0
+"""How long this process may go on with a key that another process has destroyed."""
+
+T = TypeVar("T", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class _Key:
+    generation: int
+    secret: bytes
+    read_at: float
+
+
+class Subjects:
+    """Thread-safe. Everything here is synchronous: a known key costs microseconds, a new one a database commit."""
+
+    def __init__(self, engine: Engine, kek: bytes, pseudonym_key: bytes) -> None:
+        if len(kek) != 32:
+            raise ConfigError(f"the key-encryption key has {len(kek)} bytes, it must have 32", field="keys/kek")
+        create_tables(engine, metadata)
+        self.ids = Ids(pseudonym_key)
+        self._engine = engine
+        self._kek = AESGCM(kek)
+        self._cache: OrderedDict[str, _Key] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def pseudonym(self, tenant: str, external_id: str) -> str:
+        """What is stored instead of a person's id."""
+        return self.ids.pseudonym(tenant, external_id)
+
+    def seal(self, subjects: tuple[str, ...], text: BaseModel) -> Sealed:
+        """Encrypt under every subject's key, the first one outermost. Makes a key for a new or returning subject.
+
+        The box is, for each layer, generation (4 bytes), nonce (12 bytes), AES-GCM ciphertext.
+        Raises NotDurable where a key cannot be stored.
+        """
+        box = text.model_dump_json().encode()
+        for subject in reversed(subjects):
+            key = self._current_key(subject)
+            nonce = os.urandom(NONCE_BYTES)
+            generation = key.generation.to_bytes(GENERATION_BYTES, "big")
+            box = generation + nonce + AESGCM(key.secret).encrypt(nonce, box, _bound(subject, key.generation))
+        return Sealed(subjects=subjects, box=base64.b64encode(box).decode())
+
+    def open(self, sealed: Sealed, cls: type[T]) -> T:
+        """What was sealed. Raises Gone after one of its subjects was erased, InvalidInput where the box was tampered with."""
+        try:
+            box = base64.b64decode(sealed.box, validate=True)
+            for subject in sealed.subjects:
+                generation = int.from_bytes(box[:GENERATION_BYTES], "big")
+                nonce, rest = box[GENERATION_BYTES : GENERATION_BYTES + NONCE_BYTES], box[GENERATION_BYTES + NONCE_BYTES :]
+                box = AESGCM(self._secret(subject, generation)).decrypt(nonce, rest, _bound(subject, generation))
+        except (InvalidTag, binascii.Error, ValueError) as exc:
+            raise InvalidInput("a sealed text was changed or belongs to another deployment", field="sealed") from exc
+        return cls.model_validate_json(box)
+
+    def leaf_key(self, subject: str) -> bytes:
+        """The key of this subject's leaves in snapshot digests; it goes with the subject's key."""
+        return hmac.new(self._current_key(subject).secret, b"plaudit snapshot leaf", hashlib.sha256).digest()
+
+    def erase(self, subject: str) -> int:
+        """Destroy the subject's keys; how many there were. What is sealed under them can never be read again."""
+        with self._engine.begin() as db:
+            destroyed = db.execute(
+                update(subject_keys)
+                .where(subject_keys.c.subject == subject, subject_keys.c.wrapped.is_not(None))
+                .values(wrapped=None, erased_ms=wall_ms())
+            ).rowcount
+        if self._engine.dialect.name == "sqlite":
+            # The key would otherwise survive in the write-ahead log until the next checkpoint.
+            with self._engine.connect() as db:
+                db.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))
+        self.forget(subject)
+        return destroyed
+
+    def forget(self, subject: str) -> None:
+        """Drop the subject's key from this process's cache, as when another process has erased it."""
+        with self._lock:
+            self._cache.pop(subject, None)
+
+    def _current_key(self, subject: str) -> _Key:
+        with self._lock:
+            key = self._cache.get(subject)
+        if key is not None and time.monotonic() - key.read_at < CACHE_S:
+            return key
+        try:
+            key = self._read_or_create(subject)
+        except SQLAlchemyError as exc:
+            raise NotDurable(f"a subject's key could not be stored: {exc.__cause__ or exc}", retry_after_s=2) from exc
+        with self._lock:
+            self._cache[subject] = key
+            self._cache.move_to_end(subject)
+            if len(self._cache) > CACHE_SUBJECTS:
+                self._cache.popitem(last=False)
+        return key
+
+    def _read_or_create(self, subject: str) -> _Key:
+        newest = (
+            select(subject_keys.c.generation, subject_keys.c.wrapped)
+            .where(subject_keys.c.subject == subject)
+            .order_by(subject_keys.c.generation.desc())
+            .limit(1)
+        )
+        with self._engine.connect() as db:
+            row = db.execute(newest).first()
+        if row is None or row.wrapped is None:
+            generation = 1 if row is None else row.generation + 1
+            secret = os.urandom(32)
+            new = {
+                "subject": subject,
+                "generation": generation,
+                "wrapped": self._wrap(subject, generation, secret),
+                "created_ms": wall_ms(),
+            }
+            try:
+                with self._engine.begin() as db:
+                    db.execute(insert(subject_keys).values(**new))
+                return _Key(generation, secret, time.monotonic())
+            except IntegrityError:  # another process was first: take its key
+                with self._engine.connect() as db:
+                    row = db.execute(newest).one()
+        return _Key(row.generation, self._unwrap(subject, row.generation, row.wrapped), time.monotonic())
+
+    def _secret(self, subject: str, generation: int) -> bytes:
+        with self._lock:
+            key = self._cache.get(subject)
+        if key is not None and key.generation == generation and time.monotonic() - key.read_at < CACHE_S:
+            return key.secret
+        with self._engine.connect() as db:
+            row = db.execute(
+                select(subject_keys.c.wrapped).where(subject_keys.c.subject == subject, subject_keys.c.generation == generation)
+            ).first()
+        if row is None or row.wrapped is None:
+            raise Gone("this text was erased with the person's key")
+        return self._unwrap(subject, generation, row.wrapped)
+
+    def _wrap(self, subject: str, generation: int, secret: bytes) -> bytes:
+        nonce = os.urandom(NONCE_BYTES)
+        return nonce + self._kek.encrypt(nonce, secret, _bound(subject, generation))
+
+    def _unwrap(self, subject: str, generation: int, wrapped: bytes) -> bytes:
+        try:
+            return self._kek.decrypt(wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], _bound(subject, generation))
+        except InvalidTag as exc:
+            raise ConfigError("keys/kek does not fit the database: subjects' keys were wrapped by another one", field="keys/kek") from exc
+
+
+def _bound(subject: str, generation: int) -> bytes:
+    """Associated data: a box or a key cannot be moved to another subject."""
+    return f"{subject}/{generation}".encode()
