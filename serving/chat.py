@@ -224,6 +224,8 @@ class Reply:
         """Nobody reads any more. Ends the upstream requests that still run; their turns record how far they came."""
         for turn in self.turns:
             turn.stop()
+        if self._held and self.receipt:
+            self._count_comparison()
         self.gateway.streams -= self._held
         self._held = 0
 
@@ -233,6 +235,12 @@ class Reply:
 
     def _extra(self) -> dict[str, Any]:
         return {"plaudit": self.receipt.body()} if self.receipt and self.ask.store is not False else {}
+
+    def _count_comparison(self) -> None:
+        if self.comparison_id:
+            kind = "canary" if any(turn.started.arm == "canary" for turn in self.turns) else "same"
+            void = len(self.turns) == 1 or self._failed_sides()
+            metrics.COMPARISONS.labels(kind, "void" if void else "shown").inc()
 
     def _failure(self) -> PlauditError | None:
         """Why the reply cannot end well; a comparison survives one side."""

@@ -37,7 +37,7 @@ class RecordSettings(Section):
     recording: Literal["required", "best_effort"] = "required"
     """What happens to a chat that cannot be stored: refused with 503, or answered unrecorded, without a token and flagged."""
     token_ids: bool = False
-    """Also keep the logprobs of the tokens, where the client asked for them."""
+    """Also keep the ids of the answer's tokens and their logprobs."""
 
 
 class ComparisonSettings(Section):

@@ -24,6 +24,7 @@ from feedback.errors import (
     NotFound,
     PlauditError,
 )
+from serving import metrics
 
 
 class TooLarge(InvalidInput):
@@ -72,6 +73,7 @@ def body_of(error: PlauditError) -> dict[str, Any]:
 def reply_of(error: PlauditError) -> JSONResponse:
     """The error as a reply; with Retry-After where coming back later helps."""
     status = status_of(error)
+    metrics.REFUSED.labels(str(status)).inc()
     headers = {}
     if status == 503:
         headers["Retry-After"] = str(error.retry_after_s or RETRY_AFTER_S)

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,7 +44,7 @@ class Routes:
         return self.table
 
     def with_canary(self, weight: float = 0.5) -> None:
-        self.table = RoutingTable(version=2, stable=STABLE, canary=CANARY, rollout="r1", weight=weight, salt="s")
+        self.table = RoutingTable(version=2, stable=STABLE, canary=CANARY, rollout="rollout-7", weight=weight, salt="s")
 
 
 def echo(name: str, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -64,7 +64,6 @@ class World:
     data_dir: Path
     secret: str
     app: Any = None
-    asked: list[dict[str, Any]] = field(default_factory=list)
 
     def client(self, **options: Any) -> httpx2.Client:
         """A client with the world's API key."""
@@ -123,7 +122,7 @@ def serve(
     adapter = data_dir / "adapter"
     adapter.mkdir(exist_ok=True)
     (adapter / "adapter_config.json").write_text("{}")
-    names = [STABLE.name, CANARY.name, RoutingTable(version=1, stable=STABLE, rollout="r1").baseline_name or ""]
+    names = [STABLE.name, CANARY.name, RoutingTable(version=1, stable=STABLE, rollout="rollout-7").baseline_name or ""]
     engine._loaded.update(dict.fromkeys(names, adapter))  # loading is a coroutine of the gateway's loop, which does not run yet
     routes = Routes()
     settings = GatewaySettings(

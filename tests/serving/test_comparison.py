@@ -20,7 +20,7 @@ from deploy.routing import RoutingTable, assign
 from feedback.errors import EngineRefused
 from serving.comparison import lockstep, seats
 
-TABLE = RoutingTable(version=1, stable=STABLE, canary=CANARY, rollout="r1", weight=0.3, salt="s")
+TABLE = RoutingTable(version=1, stable=STABLE, canary=CANARY, rollout="rollout-7", weight=0.3, salt="s")
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_what_a_client_gets_does_not_tell_the_sides(world: World) -> None:
     shapes: dict[str, list[Any]] = {"canary": [], "baseline": []}
     for person in pair_people(world, 6):
         reply = world.chat("hi", compare=True, stream=True, user=person)
-        for secret in (STABLE.name, CANARY.name, STABLE.adapter, CANARY.adapter, "canary", "baseline", "r1"):
+        for secret in (STABLE.name, CANARY.name, STABLE.adapter, CANARY.adapter, "canary", "baseline", "rollout-7"):
             assert secret not in reply.text and secret not in str(reply.headers)
         events = sse(reply.text)
         ids = [each["interaction_id"] for each in events[0]["plaudit"]["interactions"]]

@@ -59,7 +59,6 @@ def open_page(browser: Browser, world: World, share: float = 0.0, **options: Any
     """A fresh visitor's page; fails the test on any script error or blocked resource."""
     html = world.app.state.page.html
     world.app.state.page.html = re.sub(r'"compare": [0-9.]+', f'"compare": {share}', html)
-    world.app.state.page.policy = world.app.state.page.policy  # hashes of scripts that run do not depend on the settings' data block
     context = browser.new_context(**options)
     shown = context.new_page()
     problems: list[str] = []
@@ -86,7 +85,7 @@ def test_chat_and_rate_with_one_click(browser: Browser, world: World) -> None:
     shown = open_page(browser, world)
     picture(shown, "welcome")
     ask(shown, "Is it raining?")
-    shown.get_by_text("nothing to hide").wait_for()
+    shown.get_by_role("article").get_by_text("nothing to hide").wait_for()
     assert given(world) == []
     good = shown.get_by_role("button", name="Good", exact=True)
     good.click()
@@ -130,7 +129,7 @@ def test_a_comparison_by_keyboard(browser: Browser, world: World) -> None:
 def test_a_rating_that_could_not_be_stored_is_taken_back(browser: Browser, world: World) -> None:
     shown = open_page(browser, world)
     ask(shown, "Hello?")
-    shown.get_by_text("nothing to hide").wait_for()
+    shown.get_by_role("article").get_by_text("nothing to hide").wait_for()
     shown.route("**/v1/feedback", lambda route: route.fulfill(status=503, json={"error": {"message": "the disk is full"}}))
     good = shown.get_by_role("button", name="Good", exact=True)
     good.click()
@@ -148,7 +147,7 @@ def test_an_engine_that_is_away_is_said_and_can_be_tried_again(browser: Browser,
     picture(shown, "away")
     world.engine.up = True
     again.click()
-    shown.get_by_text("nothing to hide").wait_for()
+    shown.get_by_role("article").get_by_text("nothing to hide").wait_for()
 
 
 @pytest.mark.slow
