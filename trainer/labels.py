@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +18,14 @@ from torch import Tensor
 from feedback.errors import TrainingRefused
 from trainer.likelihood import A, B, BOTH_BAD, DOWN, TIE, UP
 
+if TYPE_CHECKING:
+    from feedback.snapshot import Row
+    from trainer.policy import Policy, Reply
+
+Progress = Callable[[str, float], None]
+"""What is being done, and which share of it is done, in [0, 1]."""
+
+FEATURE_BATCH = 16
 CHOICES = {"a": A, "b": B, "tie": TIE, "both_bad": BOTH_BAD}
 THUMBS = {"up": UP, "down": DOWN}
 
@@ -81,7 +91,8 @@ class Labels:
     answers: tuple[Answer, ...] = ()
     prompts: tuple[str, ...] = ()
     """Last message of each prompt, for people to read."""
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
+    """What was dropped or is doubtful; goes into the adapter's evidence."""
 
     @property
     def count(self) -> int:
@@ -123,3 +134,111 @@ class Labels:
             sha.update(str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
         sha.update("\0".join(self.raters).encode())
         return sha.hexdigest()
+
+
+def features_of(policy: Policy, replies: Sequence[Reply], progress: Progress | None = None, what: str = "features") -> Tensor:
+    """Frozen features of many replies, N x D, in their order; batches hold similar lengths, so that little is padding."""
+    order = sorted(range(len(replies)), key=lambda i: len(replies[i].prompt) + len(replies[i].tokens))
+    rows: list[Tensor | None] = [None] * len(replies)
+    for start in range(0, len(order), FEATURE_BATCH):
+        batch = order[start : start + FEATURE_BATCH]
+        for index, row_D in zip(batch, policy.features([replies[i] for i in batch]), strict=True):
+            rows[index] = row_D
+        if progress:
+            progress(what, min(1.0, (start + FEATURE_BATCH) / len(order)))
+    return torch.stack([row_D for row_D in rows if row_D is not None])
+
+
+def _usable(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """Rows that can train, and why others cannot."""
+    kept, dropped = [], Counter[str]()
+    for row in rows:
+        answers = [row.answer_a] if row.kind == "thumb" else [row.answer_a, row.answer_b or ""]
+        if not all(answer.strip() for answer in answers):
+            dropped["an answer is empty"] += 1
+        elif row.kind == "choice" and row.answer_a == row.answer_b:
+            dropped["both answers are the same text"] += 1
+        elif row.outcome not in (THUMBS if row.kind == "thumb" else CHOICES):
+            dropped[f"outcome {row.outcome!r} is unknown"] += 1
+        else:
+            kept.append(row)
+    return kept, [f"{count} of {len(rows)} ratings dropped: {reason}" for reason, count in sorted(dropped.items())]
+
+
+def check(rows: Sequence[Row], *, allow_single_rater: bool) -> list[str]:
+    """Warnings about a set of ratings. Raises TrainingRefused where it can teach nothing, naming what is missing."""
+    kept, warnings = _usable(rows)
+    if not kept:
+        raise TrainingRefused(
+            f"labels: {len(rows)} ratings, 0 of them can train; at least 1 thumb up and 1 down, or 1 choice, are needed", field="labels"
+        )
+    outcomes = Counter(row.outcome for row in kept)
+    if outcomes["a"] + outcomes["b"] == 0 and not (outcomes["up"] and outcomes["down"]):
+        said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+        raise TrainingRefused(f"labels: one-sided, all say the same ({said}); ratings for and against are needed", field="labels")
+    raters = {row.rater for row in kept}
+    imported = all(row.source == "import" for row in kept)
+    if len(raters) == 1 and not imported:
+        if not allow_single_rater:
+            raise TrainingRefused(
+                "labels: all ratings are one rater's, at least 2 raters are needed; "
+                "set reward_model.allow_single_rater for an adapter that serves that rater only",
+                field="labels",
+            )
+        warnings.append("all ratings are one rater's: this adapter serves that rater only")
+    verdicts: dict[tuple[str, ...], set[str]] = {}
+    for row in kept:
+        prompt = json.dumps(row.prompt, sort_keys=True)
+        if row.kind == "thumb":
+            verdicts.setdefault((row.rater, prompt, row.answer_a), set()).add(row.outcome)
+        elif row.outcome in ("a", "b"):
+            low, high = sorted((row.answer_a, row.answer_b or ""))
+            winner = row.answer_a if row.outcome == "a" else row.answer_b or ""
+            verdicts.setdefault((row.rater, prompt, low, high), set()).add(winner)
+    contradictions = sum(len(said) > 1 for said in verdicts.values())
+    if contradictions:
+        warnings.append(f"{contradictions} of {len(verdicts)} judgements are contradicted by the same rater")
+    return warnings
+
+
+def from_snapshot(
+    rows: Sequence[Row], policy: Policy, system_prompt: str | None, *, allow_single_rater: bool = False, progress: Progress | None = None
+) -> Labels:
+    """Tokenise what was rated as it was served, and take the features. Raises TrainingRefused, see `check`."""
+    warnings = check(rows, allow_single_rater=allow_single_rater)
+    kept, _ = _usable(rows)
+    prompts: dict[str, int] = {}
+    answers: dict[tuple[int, str, bool], int] = {}
+    raters: dict[str, int] = {}
+    cohorts: list[tuple[str, ...]] = []
+    choices: list[tuple[int, int, int, int, bool]] = []
+    thumbs: list[tuple[int, int, int]] = []
+    for row in kept:
+        prompt = prompts.setdefault(json.dumps(row.prompt, sort_keys=True), len(prompts))
+        rater = raters.setdefault(row.rater, len(raters))
+        if rater == len(cohorts):
+            cohorts.append(tuple(row.cohorts))
+        first = answers.setdefault((prompt, row.answer_a, row.finish_a != "length"), len(answers))
+        if row.kind == "thumb":
+            thumbs.append((first, THUMBS[row.outcome], rater))
+        else:
+            second = answers.setdefault((prompt, row.answer_b or "", row.finish_b != "length"), len(answers))
+            choices.append((first, second, CHOICES[row.outcome], rater, row.source != "import"))
+    messages = [json.loads(prompt) for prompt in prompts]
+    replies = [policy.reply(messages[prompt], system_prompt, text, finished) for prompt, text, finished in answers]
+    starts = [policy.reply(message, system_prompt, "", False) for message in messages]
+    features = features_of(policy, [*replies, *starts], progress, "features of rated answers")
+    choice_columns = torch.tensor(choices, dtype=torch.long).reshape(-1, 5).T.contiguous()
+    thumb_columns = torch.tensor(thumbs, dtype=torch.long).reshape(-1, 3).T.contiguous()
+    return Labels(
+        features_ND=features[: len(replies)],
+        prompts_N=torch.tensor([prompt for prompt, _, _ in answers]),
+        prompt_features_QD=features[len(replies) :],
+        choices=Choices(*choice_columns[:4], choice_columns[4].bool()),
+        thumbs=Thumbs(*thumb_columns),
+        raters=tuple(raters),
+        cohorts=tuple(cohorts),
+        answers=tuple(Answer(p, text, done, len(reply.tokens)) for (p, text, done), reply in zip(answers, replies, strict=True)),
+        prompts=tuple(str(message[-1].get("content", "")) for message in messages),
+        warnings=tuple(warnings),
+    )
