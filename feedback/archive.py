@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from feedback.clock import COUNTER_BITS, wall_ms
 from feedback.errors import Conflict, NotDurable
@@ -205,7 +206,7 @@ class Archive:
             db.executemany("DELETE FROM interactions WHERE interaction_id = ?", ids)
         return len(ids)
 
-    def _rows(self, query: str, *arguments: object) -> list[tuple[str, ...]] | list[tuple[bytes, ...]] | list[tuple[int, ...]]:
+    def _rows(self, query: str, *arguments: object) -> list[Any]:
         with self._lock:
             try:
                 return self._db.execute(query, arguments).fetchall()
@@ -225,3 +226,50 @@ class Archive:
                 self._db.execute("COMMIT")
             except sqlite3.Error as exc:
                 raise NotDurable(f"the archive {self.path} could not be written: {exc}", retry_after_s=2) from exc
+
+
+def _keep(db: sqlite3.Connection, event: Event) -> int:
+    """Add one event; 1 if it is new and was not erased before it came."""
+    subject = getattr(event, "subject", None) or getattr(event, "rater", None)
+    if subject is not None and not isinstance(event, SubjectErased):
+        erased = db.execute("SELECT stamp FROM farewells WHERE subject = ? AND kind = 'erased'", (subject,)).fetchone()
+        if erased is not None and event.stamp <= erased[0]:
+            return 0
+    added = db.execute(
+        "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?)",
+        (event.event_id, event.type, event.stamp, partition_key(event), subject, encode(event)),
+    ).rowcount
+    if not added:
+        return 0
+    if isinstance(event, InteractionStarted):
+        row = (event.interaction_id, event.comparison_id, event.side, event.stamp >> COUNTER_BITS)
+        db.execute("INSERT OR IGNORE INTO interactions VALUES (?, ?, ?, ?)", row)
+    elif isinstance(event, FeedbackGiven | FeedbackCleared):
+        cleared = isinstance(event, FeedbackCleared)
+        db.execute(
+            "INSERT INTO said VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (target, rater, slot) DO UPDATE SET "
+            "stamp = excluded.stamp, event_id = excluded.event_id, cleared = excluded.cleared "
+            "WHERE (excluded.stamp, excluded.event_id) > (said.stamp, said.event_id)",
+            (event.target, event.rater, event.slot, event.stamp, event.event_id, cleared),
+        )
+    elif isinstance(event, ConsentWithdrawn | SubjectErased):
+        kind = "erased" if isinstance(event, SubjectErased) else "withdrawn"
+        db.execute(
+            "INSERT INTO farewells VALUES (?, ?, ?) ON CONFLICT (subject, kind) DO UPDATE SET stamp = max(stamp, excluded.stamp)",
+            (event.subject, kind, event.stamp),
+        )
+        if isinstance(event, SubjectErased):
+            _erase(db, event.subject, event.stamp)
+    return 1
+
+
+def _erase(db: sqlite3.Connection, subject: str, stamp: int) -> None:
+    """Delete what the subject asked, read and said up to `stamp`, and what others said about it."""
+    gone = (subject, stamp)
+    asked = "SELECT about FROM events WHERE subject = ? AND stamp <= ? AND type = 'interaction.started'"
+    ids = db.execute(asked, gone).fetchall()
+    db.executemany("DELETE FROM said WHERE target = ?", ids)
+    db.execute("DELETE FROM said WHERE rater = ? AND stamp <= ?", gone)
+    db.executemany("DELETE FROM interactions WHERE interaction_id = ?", ids)
+    db.executemany("DELETE FROM events WHERE about = ?", ids)
+    db.execute("DELETE FROM events WHERE subject = ? AND stamp <= ? AND type != 'subject.erased'", gone)

@@ -51,7 +51,9 @@ def current_state(archive: Archive, logs: SqliteLogs, target: str, rater: str) -
     return CurrentState(slots, as_of)
 
 
-def repeated(held: FeedbackGiven | None, value: str | None, reasons: tuple[str, ...], text: FeedbackText | None, subjects: Subjects) -> str | None:
+def repeated(
+    held: FeedbackGiven | None, value: str | None, reasons: tuple[str, ...], text: FeedbackText | None, subjects: Subjects
+) -> str | None:
     """The id of what is held already where somebody says the same again, else None."""
     if held is None or held.value != value or held.reasons != reasons:
         return None

@@ -47,9 +47,7 @@ class Tokens:
         try:
             self._fernet = MultiFernet([Fernet(key) for key in keys])
         except (ValueError, binascii.Error) as exc:
-            raise ConfigError(
-                "keys/token.keys must hold Fernet keys (32 bytes in url-safe base64), one a line", field="keys"
-            ) from exc
+            raise ConfigError("keys/token.keys must hold Fernet keys (32 bytes in url-safe base64), one a line", field="keys") from exc
         self._now = now
 
     def mint(self, claims: Claims) -> str:

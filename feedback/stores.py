@@ -1,0 +1,147 @@
+"""What a process needs to record and to read: log, archive, people's keys, tokens, API keys, opened from the settings."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cryptography.fernet import Fernet
+from sqlalchemy import Engine
+
+from feedback.archive import Archive
+from feedback.clock import HybridClock
+from feedback.config import Settings
+from feedback.database import open_database
+from feedback.errors import ConfigError
+from feedback.events import Event
+from feedback.keys import ApiKeys
+from feedback.relay import Relay
+from feedback.sqlite_log import SqliteLog, SqliteLogs
+from feedback.subjects import Subjects
+from feedback.tokens import Tokens
+
+MAX_PARTITIONS = 256
+
+
+@dataclass
+class Stores:
+    """Everything durable that one process uses. `close` releases it; nothing durable depends on that."""
+
+    settings: Settings
+    engine: Engine
+    clock: HybridClock
+    log: SqliteLog
+    logs: SqliteLogs
+    archive: Archive
+    subjects: Subjects
+    tokens: Tokens
+    api_keys: ApiKeys
+    relay: Relay | None
+    _claim: int
+
+    async def record_feedback(self, events: Sequence[Event]) -> tuple[list[Event], Literal["local", "broker"]]:
+        """Append, and with `ack = "broker"` wait for Kafka too. Raises NotDurable while Kafka is away: the events then lie on this
+        machine and get there later, so the same Idempotency-Key finds them."""
+        stored = await self.log.append(events)
+        if self.settings.feedback.ack == "local" or self.relay is None:
+            return stored, "local"
+        await self.relay.delivered(stored, self.settings.feedback.ack_timeout_s)
+        return stored, "broker"
+
+    def close(self) -> None:
+        if self.relay is not None:
+            self.relay.close()
+        self.log.close()
+        self.archive.close()
+        self.engine.dispose()
+        os.close(self._claim)
+
+
+def open_stores(settings: Settings, process: str = "gateway") -> Stores:
+    """Open or create everything in the data folder. Raises ConfigError, or NotDurable where the disk will not take it.
+
+    The process writes partition `log/<process>.sqlite`, or `<process>-1`, ... where others of its kind are running.
+    """
+    data_dir = settings.feedback.data_dir
+    if settings.feedback.ack == "broker" and settings.kafka.bootstrap is None:
+        raise ConfigError('feedback.ack = "broker" needs kafka.bootstrap, which is not set', field="kafka.bootstrap")
+    try:
+        kek, pseudonym, token_keys = _keys(data_dir / "keys")
+        path, claim = _claim_partition(data_dir / "log", process)
+    except OSError as exc:
+        raise ConfigError(f"feedback.data_dir {data_dir} cannot be used: {exc.strerror}", field="feedback.data_dir") from exc
+    engine = open_database(settings.registry.resolved(data_dir))
+    subjects = Subjects(engine, kek, pseudonym)
+    logs = SqliteLogs(data_dir / "log")
+    clock = HybridClock()
+    clock.observe(logs.last_stamp())
+    log = SqliteLog(path, clock)
+    return Stores(
+        settings=settings,
+        engine=engine,
+        clock=clock,
+        log=log,
+        logs=logs,
+        archive=Archive(data_dir / "archive.sqlite"),
+        subjects=subjects,
+        tokens=Tokens(token_keys),
+        api_keys=ApiKeys(engine),
+        relay=Relay([path], settings.kafka) if settings.kafka.bootstrap else None,
+        _claim=claim,
+    )
+
+
+def _claim_partition(folder: Path, process: str) -> tuple[Path, int]:
+    """The first partition of this name that no living process writes, and the lock that says so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(MAX_PARTITIONS):
+        name = process if number == 0 else f"{process}-{number}"
+        descriptor = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process dies
+        except BlockingIOError:
+            os.close(descriptor)
+            continue
+        return folder / f"{name}.sqlite", descriptor
+    raise ConfigError(f"{MAX_PARTITIONS} processes named '{process}' write to {folder} already", field="process")
+
+
+def _keys(folder: Path) -> tuple[bytes, bytes, list[bytes]]:
+    """Key-encryption key, pseudonym key, token keys; made at the first start."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    kek = _key_file(folder / "kek", secrets.token_bytes(32))
+    pseudonym = _key_file(folder / "pseudonym", secrets.token_bytes(32))
+    tokens = _key_file(folder / "token.keys", Fernet.generate_key() + b"\n")
+    if len(pseudonym) < 32:
+        raise ConfigError(f"{folder / 'pseudonym'} has {len(pseudonym)} bytes, it must have at least 32", field="keys")
+    return kek, pseudonym, tokens.split()
+
+
+def _key_file(path: Path, new: bytes) -> bytes:
+    """The file's content. Where it is missing, `new` is written, unless another process is faster: then both use its content."""
+    if not path.exists():
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)  # a rename would replace the other process's key
+        temporary.unlink()
+        _sync_folder(path.parent)
+    return path.read_bytes()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
