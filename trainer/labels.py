@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from feedback.errors import TrainingRefused
-from trainer.likelihood import A, B, BOTH_BAD, DOWN, TIE, UP
+from trainer.likelihood import BOTH_BAD, DOWN, TIE, UP, A, B
 
 if TYPE_CHECKING:
     from feedback.snapshot import Row
+
     from trainer.policy import Policy, Reply
 
 Progress = Callable[[str, float], None]
@@ -228,14 +229,14 @@ def from_snapshot(
     replies = [policy.reply(messages[prompt], system_prompt, text, finished) for prompt, text, finished in answers]
     starts = [policy.reply(message, system_prompt, "", False) for message in messages]
     features = features_of(policy, [*replies, *starts], progress, "features of rated answers")
-    choice_columns = torch.tensor(choices, dtype=torch.long).reshape(-1, 5).T.contiguous()
-    thumb_columns = torch.tensor(thumbs, dtype=torch.long).reshape(-1, 3).T.contiguous()
+    first_N, second_N, outcome_N, rater_N, rejectable_N = torch.tensor(choices, dtype=torch.long).reshape(-1, 5).T.contiguous().unbind()
+    rated_N, thumb_N, by_N = torch.tensor(thumbs, dtype=torch.long).reshape(-1, 3).T.contiguous().unbind()
     return Labels(
         features_ND=features[: len(replies)],
         prompts_N=torch.tensor([prompt for prompt, _, _ in answers]),
         prompt_features_QD=features[len(replies) :],
-        choices=Choices(*choice_columns[:4], choice_columns[4].bool()),
-        thumbs=Thumbs(*thumb_columns),
+        choices=Choices(first_N, second_N, outcome_N, rater_N, rejectable_N.bool()),
+        thumbs=Thumbs(rated_N, thumb_N, by_N),
         raters=tuple(raters),
         cohorts=tuple(cohorts),
         answers=tuple(Answer(p, text, done, len(reply.tokens)) for (p, text, done), reply in zip(answers, replies, strict=True)),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
-from trainer.feature_map import KINDS, FeatureMap
+from trainer.feature_map import FeatureMap
 from trainer.labels import Labels
 from trainer.likelihood import capped_weights, choice_logprobs, negative_log_likelihood, thresholds, thumb_logprobs
 
@@ -47,7 +47,7 @@ class Parameters:
 
     @classmethod
     def split(cls, flat: Tensor, sizes: tuple[int, int, int, int]) -> Parameters:
-        return cls(*flat.split(list(sizes)))
+        return cls(*torch.split(flat, list(sizes)))
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ class RewardModel:
 
     def _bytes(self) -> bytes:
         tensors = {"weights": self.weights_P.contiguous(), "covariance": self.covariance_PP.contiguous(), **self.feature_map.tensors()}
-        return save(tensors, metadata={"about": json.dumps(self.about, sort_keys=True)})
+        content: bytes = save(tensors, metadata={"about": json.dumps(self.about, sort_keys=True)})
+        return content
 
     @property
     def id(self) -> str:
@@ -221,7 +222,8 @@ def prompt_features(labels: Labels) -> Tensor:
     left, values, _ = torch.linalg.svd(standard_QD / standard_QD.square().mean(0).sqrt().clamp(min=1e-6), full_matrices=False)
     # No more directions than prompts could tell apart.
     count = min(PROMPT_OFFSET_DIMENSIONS, len(features_QD) // 3, int((values > 1e-6).sum()))
-    return left[:, :count] * len(features_QD) ** 0.5
+    directions_QZ: Tensor = left[:, :count] * len(features_QD) ** 0.5
+    return directions_QZ
 
 
 class _Comparison:
