@@ -14,13 +14,12 @@ from importlib import resources
 from deploy.registry import Registry
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
-from feedback.stores import Stores
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 
 from deploy.engine import Engine
 from feedback.errors import NotDurable
-from feedback.sqlite_log import SqliteLogs
+from feedback.stores import Stores
 from serving import errors
 from serving.chat import Gateway, chat
 from serving.config import GatewaySettings
@@ -40,8 +39,7 @@ def create_app(stores: Stores, registry: Registry, engine: Engine, settings: Gat
     route = RouteWatch(registry.routing, server.route_refresh_s, server.route_max_age_s)
     doorman = Doorman(stores.api_keys, stores.subjects, tenant=settings.feedback.tenant, auth=settings.feedback.auth, page=server.page)
     recorder = Recorder(stores.log, stores.subjects, settings.record.recording)
-    logs = SqliteLogs(settings.feedback.data_dir / "log")
-    standings = Standings(logs, stores.subjects, settings.feedback.tenant, settings.feedback.token_expiry_s)
+    standings = Standings(stores.archive, stores.logs, stores.subjects, settings.feedback.tenant, settings.feedback.token_expiry_s)
     gateway = Gateway(settings, engine, stores, route, doorman, recorder, standings)
 
     @contextlib.asynccontextmanager

@@ -16,15 +16,16 @@ import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, cast
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
-from feedback.stores import Stores
 
 from deploy.engine import Engine
 from feedback.errors import InvalidInput, NotDurable, NotFound, PlauditError
-from feedback.events import FeedbackCleared, FeedbackGiven, InteractionStarted, StartedText, new_id
+from feedback.events import InteractionStarted, StartedText, new_id
+from feedback.fold import Said
+from feedback.stores import Stores
 from serving import metrics
 from serving.comparison import Seat, lockstep, seats
 from serving.config import GatewaySettings
@@ -57,13 +58,12 @@ class Gateway:
     """Turns and commits still running; they outlive the request of a client that left."""
     streams: int = 0
 
-    async def give(self, event: FeedbackGiven | FeedbackCleared) -> FeedbackGiven | FeedbackCleared:
-        """Commit feedback; it is stored even when the client leaves meanwhile. Returns it with its stamp."""
-        task = asyncio.create_task(self.stores.log.append([event]))
+    async def give(self, event: Said) -> tuple[Said, Literal["local", "broker"]]:
+        """Commit feedback, whether or not its client waits; returns it with its stamp, and how durable it is."""
+        task = asyncio.create_task(self.stores.record_feedback([event]))
         self.keep(task)
-        stored = (await asyncio.shield(task))[0]
-        assert isinstance(stored, FeedbackGiven | FeedbackCleared)
-        return stored
+        stored, durable = await asyncio.shield(task)
+        return cast(Said, stored[0]), durable
 
     def keep(self, task: asyncio.Task[Any]) -> None:
         """Hold on to a task until it is done; asyncio itself does not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from deploy.routing import AdapterRef, RoutingTable, assign
@@ -37,13 +37,11 @@ def seats(subject: str, table: RoutingTable, choices: int, compare: bool, chance
         return [Seat(mine.adapter, mine.name, mine.arm, mine.rollout, mine.propensity) for _ in range(choices)]
     if table.canary is None or mine.arm == "stable":
         return [Seat(table.stable, table.stable.name, "stable", mine.rollout, 1.0, side) for side in ("a", "b")]
-    old = (table.stable, table.baseline_name or table.stable.name, "baseline")
-    new = (table.canary, table.canary.name, "canary")
+    rollout = table.rollout
+    old = Seat(table.stable, table.baseline_name or table.stable.name, "baseline", rollout, 0.5)
+    new = Seat(table.canary, table.canary.name, "canary", rollout, 0.5)
     first, second = (old, new) if chance.random() < 0.5 else (new, old)
-    return [
-        Seat(first[0], first[1], first[2], table.rollout, 0.5, "a"),
-        Seat(second[0], second[1], second[2], table.rollout, 0.5, "b"),
-    ]
+    return [replace(first, side="a"), replace(second, side="b")]
 
 
 class Talker(Protocol):

@@ -86,22 +86,25 @@ async def give(request: Request) -> JSONResponse:
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= MAX_KEY_CHARS:
         raise InvalidInput(f"Idempotency-Key has {len(key)} characters, it may have 1 to {MAX_KEY_CHARS}.", field="Idempotency-Key")
-    token = token_of(request, gateway)
+    claims = token_of(request, gateway)
     said = parse(body)
-    claims = token or await asyncio.to_thread(claims_of_key, gateway, said.interaction_id)
+    if claims is None:
+        claims = await asyncio.to_thread(claims_of_key, gateway, said.interaction_id)
     require(claims, said.kind)
     # Off the event loop: sealing may write a new person's key, and what they said so far is read from disk.
     standing = await asyncio.to_thread(gateway.standings.of, claims)
+    text = FeedbackText(comment=said.comment, correction=said.correction)
     event = await asyncio.to_thread(as_event, gateway, claims, said, body, key)
-    repeated = standing.repeated_by(event, said.comment or said.correction) if key is None else None
+    # With an Idempotency-Key the log itself knows what is a repetition, and what is a key used twice.
+    repeated = standing.repeated_by(event, text) if key is None else None
     if repeated is None:
         with metrics.COMMIT.labels("feedback").time():
-            stored = await gateway.give(event)
-        standing = standing.after(stored, said.comment, said.correction)
+            stored, durable = await gateway.give(event)
+        standing = standing.after(stored, text)
     else:
-        stored = repeated
+        stored, durable = repeated, gateway.settings.feedback.ack
     metrics.FEEDBACK.labels(said.kind).inc()
-    reply = {"feedback_id": stored.event_id, "version": stored.stamp, "state": standing.shown(), "durable": gateway.settings.feedback.ack}
+    reply = {"feedback_id": stored.event_id, "version": stored.stamp, "state": standing.shown(), "durable": durable}
     return JSONResponse(reply, headers={"Cache-Control": "no-store"})
 
 
@@ -121,7 +124,7 @@ def token_of(request: Request, gateway: Gateway) -> Claims | None:
     """The claims of the request's feedback token; None for an API key with the scope `feedback`. Raises NotAuthenticated or Gone."""
     kind, _, token = request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "feedback":
-        claims = gateway.stores.tokens.check(token.strip())
+        claims: Claims = gateway.stores.tokens.check(token.strip())
         if claims.tenant != gateway.settings.feedback.tenant:
             raise NotAuthenticated("The feedback token belongs to another tenant.", field="Authorization")
         return claims

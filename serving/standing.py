@@ -1,24 +1,16 @@
-"""What one person's word on one answer is now: the fold of what they said, read from every process's partition."""
+"""What one person's word on one answer is now, for the feedback routes. Blocks on disk: call it off the event loop."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from feedback.archive import Archive
 from feedback.clock import stamp_ms
 from feedback.errors import Gone, NotFound
-from feedback.events import (
-    Event,
-    FeedbackCleared,
-    FeedbackGiven,
-    FeedbackText,
-    InteractionFinished,
-    InteractionStarted,
-    Slot,
-    SubjectErased,
-)
+from feedback.events import Event, FeedbackGiven, FeedbackText, InteractionFinished, InteractionStarted, Slot, SubjectErased
+from feedback.fold import Said, current_state
 from feedback.sqlite_log import SqliteLogs
 from feedback.subjects import Subjects
 from feedback.tokens import Action, Claims
@@ -28,33 +20,30 @@ BROKEN_OFF = ("error", "client_closed")
 
 @dataclass(frozen=True)
 class Standing:
-    """The last word in each slot."""
+    """The last word in each slot, and what was written with it."""
 
     given: Mapping[Slot, FeedbackGiven] = field(default_factory=dict)
     texts: Mapping[Slot, FeedbackText] = field(default_factory=dict)
     as_of: int = 0
-    """Stamp of the newest event that this state knows."""
+    """Stamp up to which other machines' events are in it; this machine's are always in."""
     became: str = "nothing_said"
     """`nothing_said`, `waiting_for_answer`, `not_counted` (the answer broke off) or `counts` (from the next learning cycle on)."""
 
-    def repeated_by(self, event: FeedbackGiven | FeedbackCleared, text: str | None) -> FeedbackGiven | None:
+    def repeated_by(self, event: Said, text: FeedbackText) -> FeedbackGiven | None:
         """The event that already says what `event` says; None where it is news."""
-        old = self.given.get(event.slot)
-        if old is None or isinstance(event, FeedbackCleared):
+        held = self.given.get(event.slot)
+        if held is None or not isinstance(event, FeedbackGiven):
             return None
-        known = self.texts.get(event.slot, FeedbackText())
-        same = (old.value, old.reasons, known.comment or known.correction) == (event.value, event.reasons, text)
-        return old if same else None
+        same = (held.value, held.reasons, self.texts[event.slot]) == (event.value, event.reasons, text)
+        return held if same else None
 
-    def after(self, event: FeedbackGiven | FeedbackCleared, comment: str | None, correction: str | None) -> Standing:
+    def after(self, event: Said, text: FeedbackText) -> Standing:
         """The state once this event is committed too."""
-        given, texts = dict(self.given), dict(self.texts)
-        given.pop(event.slot, None)
-        texts.pop(event.slot, None)
+        given = {slot: held for slot, held in self.given.items() if slot != event.slot}
+        texts = {slot: held for slot, held in self.texts.items() if slot != event.slot}
         if isinstance(event, FeedbackGiven):
-            given[event.slot] = event
-            texts[event.slot] = FeedbackText(comment=comment, correction=correction)
-        return replace(self, given=given, texts=texts, as_of=max(self.as_of, event.stamp))
+            given[event.slot], texts[event.slot] = event, text
+        return replace(self, given=given, texts=texts)
 
     def shown(self) -> dict[str, Any]:
         """As the API shows it; a slot in which nothing is said is null."""
@@ -62,12 +51,13 @@ class Standing:
         def value(slot: Slot) -> str | None:
             return self.given[slot].value if slot in self.given else None
 
-        first = self.given.get("rating") or self.given.get("choice")
-        comments = (self.texts[slot].comment for slot in ("comment", "rating", "choice") if slot in self.texts)  # type: ignore[index]
+        judged = self.given.get("rating") or self.given.get("choice")
+        slots: tuple[Slot, ...] = ("comment", "rating", "choice")
+        comments = [self.texts[slot].comment for slot in slots if slot in self.texts]
         return {
             "rating": value("rating"),
             "choice": value("choice"),
-            "reasons": list(first.reasons) if first else [],
+            "reasons": list(judged.reasons) if judged else [],
             "comment": next((comment for comment in comments if comment), None),
             "correction": self.texts["correction"].correction if "correction" in self.texts else None,
             "signal": value("signal"),
@@ -75,9 +65,10 @@ class Standing:
 
 
 class Standings:
-    """Reads standings. Blocks on disk."""
+    """Reads the archive merged with this machine's partitions, so that people read what they just wrote."""
 
-    def __init__(self, logs: SqliteLogs, subjects: Subjects, tenant: str, token_expiry_s: int) -> None:
+    def __init__(self, archive: Archive, logs: SqliteLogs, subjects: Subjects, tenant: str, token_expiry_s: int) -> None:
+        self._archive = archive
         self._logs = logs
         self._subjects = subjects
         self._tenant = tenant
@@ -91,12 +82,14 @@ class Standings:
             if isinstance(event, SubjectErased) and stamp_ms(event.stamp) >= issued_ms:
                 self._subjects.forget(claims.subject)
                 raise Gone("This answer was erased with everything else about the person; it can no longer be rated.")
-        standing = self._fold(self._logs.about(claims.target), claims)
-        return replace(standing, became=self._became(standing, claims))
+        state = current_state(self._archive, self._logs, claims.target, claims.subject)
+        boxes = {slot: held.sealed for slot, held in state.slots.items()}
+        texts = {slot: self._subjects.open(box, FeedbackText) if box else FeedbackText() for slot, box in boxes.items()}
+        return Standing(state.slots, texts, state.as_of, self._became(state.slots, claims))
 
     def claims(self, interaction_id: str, actions: tuple[Action, ...]) -> Claims:
         """What a token of this interaction says. Raises NotFound."""
-        for event in self._logs.about(interaction_id):
+        for event in self._about(interaction_id):
             if isinstance(event, InteractionStarted) and event.tenant == self._tenant:
                 return Claims(
                     tenant=event.tenant,
@@ -111,20 +104,19 @@ class Standings:
                 )
         raise NotFound(f"interaction_id: there is no interaction '{interaction_id[:64]}'.", field="interaction_id")
 
-    def _fold(self, events: list[Event], claims: Claims) -> Standing:
-        standing = Standing(as_of=int(time.time() * 1000) << 16)
-        mine = [event for event in events if isinstance(event, FeedbackGiven | FeedbackCleared) and event.rater == claims.subject]
-        for event in sorted(mine, key=lambda event: (event.stamp, event.event_id)):
-            sealed = event.sealed if isinstance(event, FeedbackGiven) else None
-            text = self._subjects.open(sealed, FeedbackText) if sealed else FeedbackText()
-            standing = standing.after(event, text.comment, text.correction)
-        return standing
+    def _about(self, interaction_id: str) -> list[Event]:
+        """What is known about an interaction here or in the archive, possibly twice."""
+        archived = self._archive.interaction(interaction_id)
+        kept: list[Event] = [archived.started] if archived else []
+        if archived and archived.finished:
+            kept.append(archived.finished)
+        return self._logs.about(interaction_id) + kept
 
-    def _became(self, standing: Standing, claims: Claims) -> str:
-        if not {"rating", "choice", "comment", "correction"} & standing.given.keys():
+    def _became(self, given: Mapping[Slot, FeedbackGiven], claims: Claims) -> str:
+        if not {"rating", "choice", "comment", "correction"} & given.keys():
             return "nothing_said"
-        about = (self._logs.about(each) for each in claims.interactions)
-        ends = [event.finish_reason for events in about for event in events if isinstance(event, InteractionFinished)]
-        if any(reason in BROKEN_OFF for reason in ends):
+        about = (self._about(each) for each in claims.interactions)
+        reasons = [next((event.finish_reason for event in events if isinstance(event, InteractionFinished)), None) for events in about]
+        if any(reason in BROKEN_OFF for reason in reasons):
             return "not_counted"
-        return "counts" if len(ends) == len(claims.interactions) else "waiting_for_answer"
+        return "waiting_for_answer" if None in reasons else "counts"

@@ -60,7 +60,7 @@ def open_page(browser: Browser, world: World, share: float = 0.0, **options: Any
     html = world.app.state.page.html
     world.app.state.page.html = re.sub(r'"compare": [0-9.]+', f'"compare": {share}', html)
     context = browser.new_context(**options)
-    shown = context.new_page()
+    shown: Any = context.new_page()
     problems: list[str] = []
     shown.on("pageerror", lambda error: problems.append(str(error)))
     shown.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -115,7 +115,7 @@ def test_a_comparison_by_keyboard(browser: Browser, world: World) -> None:
     picture(shown, "comparison")
     shown.keyboard.press("Escape")
     shown.keyboard.press("b")
-    shown.get_by_text("goes on with B").wait_for()
+    shown.get_by_role("region").get_by_text("goes on with B").wait_for()
     (choice,) = given(world)
     assert (choice.slot, choice.value) == ("choice", "b")
     picture(shown, "chosen")

@@ -23,6 +23,13 @@ def world(tmp_path: Path) -> Iterator[World]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """For tests that leave nothing behind."""
+    with serve(tmp_path_factory.mktemp("calm")) as running:
+        yield running
+
+
 def token_of(reply: httpx2.Response) -> str:
     token: str = reply.json()["plaudit"]["token"]
     assert reply.headers["plaudit-feedback-token"] == token
@@ -129,13 +136,13 @@ def test_rating_while_the_answer_streams(tmp_path: Path) -> None:
         ([], None, "list"),
     ],
 )
-def test_what_is_refused_names_field_and_value(world: World, body: object, field: str | None, said: str) -> None:
-    token = token_of(world.chat("hi"))
-    reply = world.feedback(token, body)
+def test_what_is_refused_names_field_and_value(calm: World, body: object, field: str | None, said: str) -> None:
+    token = token_of(calm.chat("hi"))
+    reply = calm.feedback(token, body)
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (400, field)
     assert said in error["message"] or field is None
-    assert given(world) == []
+    assert given(calm) == []
 
 
 def test_an_answer_is_not_chosen_and_a_comparison_not_rated(world: World) -> None:

@@ -199,7 +199,7 @@ def test_cors_for_allowed_origins_only(world: World) -> None:
 
 
 def test_the_page_gives_a_session_that_may_chat_and_speaks_for_itself(world: World) -> None:
-    with httpx2.Client(base_url=world.url) as client:
+    with httpx2.Client(verify=False, base_url=world.url) as client:
         page = client.get("/")
         cookie = page.headers["set-cookie"].lower()
         assert "httponly" in cookie and "samesite=strict" in cookie
@@ -211,11 +211,11 @@ def test_the_page_gives_a_session_that_may_chat_and_speaks_for_itself(world: Wor
         assert one.subject == two.subject and one.subject_kind == "session"
         refused = client.post("/v1/chat/completions", json={**body, "user": "ann"})
         assert refused.status_code == 403 and refused.json()["error"]["param"] == "user"
-    with httpx2.Client(base_url=world.url, cookies={"plaudit_session": "short"}) as client:
+    with httpx2.Client(verify=False, base_url=world.url, cookies={"plaudit_session": "short"}) as client:
         assert client.post("/v1/chat/completions", json=body).status_code == 401
 
 
 def test_without_auth_everybody_may_chat(tmp_path: Path) -> None:
-    with serve(tmp_path, auth=False) as world, httpx2.Client(base_url=world.url) as client:
+    with serve(tmp_path, auth=False) as world, httpx2.Client(verify=False, base_url=world.url) as client:
         assert client.post("/v1/chat/completions", json={"model": MODEL, "messages": HI, "user": "ann"}).status_code == 200
         assert client.get("/v1/models", headers={"Authorization": "Bearer not-needed"}).status_code == 200
