@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 
 from feedback.errors import InvalidInput
 
@@ -84,8 +85,9 @@ def margins(
     total = np.zeros(len(replies))
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
-        logprobs_BT, mask_BT = policy.logprobs([replies[i] for i in batch], 1.0, reference=reference)
-        total[batch] = (logprobs_BT * mask_BT).sum(1).double().detach().numpy()
+        with torch.no_grad():
+            logprobs_BT, mask_BT = policy.logprobs([replies[i] for i in batch], 1.0, reference=reference)
+        total[batch] = (logprobs_BT * mask_BT).sum(1).double().numpy()
         if progress:
             progress("facts of the base" if reference else "facts of the candidate", min(1.0, (start + BATCH) / len(order)))
     right, wrong = np.full(len(facts), -math.inf), np.full(len(facts), -math.inf)
@@ -95,7 +97,8 @@ def margins(
             right[owner], previous = value, owner
         else:
             wrong[owner] = max(wrong[owner], value)
-    return right - wrong
+    gap_N: np.ndarray[tuple[int], np.dtype[np.float64]] = right - wrong
+    return gap_N
 
 
 @dataclass(frozen=True)

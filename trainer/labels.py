@@ -20,7 +20,6 @@ from trainer.likelihood import BOTH_BAD, DOWN, TIE, UP, A, B
 
 if TYPE_CHECKING:
     from feedback.snapshot import Row
-
     from trainer.policy import Policy, Reply
 
 Progress = Callable[[str, float], None]

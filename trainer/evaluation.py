@@ -1,0 +1,241 @@
+"""Is the candidate better, and what else changed? Answers of base, stable and candidate to prompts that nobody rated.
+
+Everything is sampled at the serving temperature, because the policy is the distribution at that temperature. A gain is a
+mean over prompts with the prompt as the unit. `evaluate` returns the body of the attestation `evaluation`, which the
+gates judge, and the details that only the report shows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from feedback.errors import TrainingRefused
+from trainer.held_out import REFUSALS, clustered_mean
+from trainer.labels import Progress, features_of
+from trainer.reward_model import RewardModel
+from trainer.score import Normaliser, Scorer
+
+if TYPE_CHECKING:
+    from trainer.policy import Policy, Reply
+
+SAMPLE_BATCH = 64
+POSITIONS = 64
+"""Token positions for which the KL is reported one by one."""
+FUNCTION_WORDS = frozenset(
+    "a an the i you he she it we they me my your our their is are was were be been am do does did can could should would will may "
+    "might must have has had what which who whom whose where when why how to of in on at by for with from about into and or but if "
+    "not no any some this that these those there here please tell want need like get make give tips good best way help".split()
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; the same for everybody who is compared."""
+
+    system_prompt: str | None
+    temperature: float
+    max_tokens: int
+    samples: int
+    seed: int
+
+
+def content_words(text: str) -> set[str]:
+    """Words that say what something is about, cut to six letters, so that "tomatoes" finds "tomato"."""
+    return {word[:6] for word in re.findall(r"[a-z]{3,}", text.lower()) if word not in FUNCTION_WORDS}
+
+
+def on_topic(prompt: str, answer: str) -> bool:
+    """Whether the answer names anything that the prompt asked about. A prompt without content words is never missed."""
+    asked = content_words(prompt)
+    return not asked or bool(asked & content_words(answer))
+
+
+def repetition(text: str) -> float:
+    """Share of word triples that occurred before in the same text, in [0, 1]."""
+    words = text.split()
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(triples)) / len(triples) if triples else 0.0
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Distinct n-grams of all texts by their count (Li et al. 2016): 1 where nothing is ever said twice."""
+    grams = [tuple(words[i : i + n]) for words in (text.split() for text in texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[str],
+    how: Sampling,
+    *,
+    reference: bool,
+    temperature: float | None = None,
+    progress: Progress | None = None,
+    what: str = "answers",
+) -> list[Reply]:
+    """`how.samples` answers to each prompt; those to one prompt lie together. The same seed gives the same answers."""
+    encoded = [policy.encode([{"role": "user", "content": prompt}], how.system_prompt) for prompt in prompts for _ in range(how.samples)]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    replies: dict[int, Reply] = {}
+    for start in range(0, len(order), SAMPLE_BATCH):
+        batch = order[start : start + SAMPLE_BATCH]
+        drawn = policy.sample(
+            [encoded[i] for i in batch],
+            max_tokens=how.max_tokens,
+            temperature=temperature or how.temperature,
+            seed=how.seed + start,
+            reference=reference,
+        )
+        replies.update(zip(batch, drawn, strict=True))
+        if progress:
+            progress(what, min(1.0, (start + SAMPLE_BATCH) / len(order)))
+    return [replies[i] for i in range(len(encoded))]
+
+
+def kl_by_position(policy: Policy, replies: Sequence[Reply], temperature: float) -> tuple[Tensor, Tensor]:
+    """log pi - log pi_ref of every token, N x T, and the mask. The sum over a reply's tokens estimates its KL in nats (k1)."""
+    gaps, masks = [], []
+    for start in range(0, len(replies), 16):
+        batch = list(replies[start : start + 16])
+        with torch.no_grad():
+            new_BT, mask_BT = policy.logprobs(batch, temperature)
+            old_BT, _ = policy.logprobs(batch, temperature, reference=True)
+        gaps.append((new_BT - old_BT) * mask_BT)
+        masks.append(mask_BT)
+    width = max(gap.shape[1] for gap in gaps)
+
+    def pad(rows: list[Tensor]) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(row.float(), (0, width - row.shape[1])) for row in rows])
+
+    return pad(gaps), pad(masks)
+
+
+def _gain(scores_N: Tensor, other_N: Tensor, samples: int) -> dict[str, float]:
+    """Mean over prompts of the difference of mean scores, with the prompt as the unit."""
+    gains_P = (scores_N - other_N).reshape(-1, samples).mean(1)
+    mean, low, high = clustered_mean(gains_P, torch.arange(len(gains_P)))
+    return {"mean": mean, "low": low, "high": high, "n": len(gains_P)}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of one policy to the held-out prompts, and what can be counted in them."""
+
+    replies: list[Reply]
+    texts: list[str]
+    scores_N: Tensor
+    figures: dict[str, float]
+
+
+def _counted(policy: Policy, prompts: Sequence[str], samples: int, replies: list[Reply], scores_N: Tensor) -> Answers:
+    texts = [policy.decode(reply.tokens) for reply in replies]
+    asked = [prompt for prompt in prompts for _ in range(samples)]
+    n = len(texts)
+    figures = {
+        "length": sum(len(reply.tokens) for reply in replies) / n,
+        "words": sum(len(text.split()) for text in texts) / n,
+        "finished": sum(reply.finished for reply in replies) / n,
+        "repetition": sum(map(repetition, texts)) / n,
+        "distinct_2": distinct(texts, 2),
+        "refusal": sum(bool(REFUSALS.search(text)) for text in texts) / n,
+        "on_topic": sum(on_topic(prompt, text) for prompt, text in zip(asked, texts, strict=True)) / n,
+        "score": float(scores_N.mean()),
+    }
+    return Answers(replies, texts, scores_N, figures)
+
+
+def _kl(candidate: Policy, prompts: Sequence[str], how: Sampling, replies: list[Reply]) -> dict[str, object]:
+    """KL to the reference at the serving temperature and at 1, in nats a reply, and by token position."""
+    gap_NT, mask_NT = kl_by_position(candidate, replies, how.temperature)
+    finished_N = torch.tensor([reply.finished for reply in replies])
+    per_reply_N = gap_NT.sum(1)
+    at_one = per_reply_N
+    if how.temperature != 1.0:
+        warm = sample(candidate, prompts, how, reference=False, temperature=1.0)
+        at_one = kl_by_position(candidate, warm, 1.0)[0].sum(1)
+    positions = (gap_NT.sum(0) / mask_NT.sum(0).clamp(min=1))[:POSITIONS]
+    return {
+        "all_replies": float(per_reply_N.mean()),
+        "finished_replies": float(per_reply_N[finished_N].mean()) if bool(finished_N.any()) else None,
+        "at_temperature_1": float(at_one.mean()),
+        "by_position": [round(float(value), 5) for value in positions],
+    }
+
+
+def evaluate(
+    candidate: Policy,
+    stable: Policy | None,
+    model: RewardModel,
+    prompts: Sequence[str],
+    probes: Sequence[str],
+    how: Sampling,
+    *,
+    clip: float,
+    progress: Progress | None = None,
+) -> tuple[dict[str, object], dict[str, object]]:
+    """Body of the attestation, without facts and budget, and details. `stable` None: stable is the base.
+
+    The base's answers define each prompt's zero, so the base's mean score is zero and gains are in units of its sd.
+    Raises TrainingRefused without held-out prompts.
+    """
+    if not prompts:
+        raise TrainingRefused("evaluation: 0 held-out prompts, at least 1 is needed", field="held_out")
+    drawn = {
+        "base": sample(candidate, prompts, how, reference=True, progress=progress, what="answers of the base"),
+        "candidate": sample(candidate, prompts, how, reference=False, progress=progress, what="answers of the candidate"),
+    }
+    if stable is not None:
+        drawn["stable"] = sample(stable, prompts, how, reference=False, progress=progress, what="answers of stable")
+    features = {name: features_of(candidate, replies, progress, f"scores of {name}") for name, replies in drawn.items()}
+    base_prompts = [reply.prompt for reply in drawn["base"]]
+    scorer = Scorer(model, Normaliser.fit(model, base_prompts, features["base"]), clip)
+    answers = {name: _counted(candidate, prompts, how.samples, replies, scorer(replies, features[name])) for name, replies in drawn.items()}
+    base, new, old = answers["base"], answers["candidate"], answers.get("stable", answers["base"])
+    kl = _kl(candidate, prompts, how, new.replies)
+    paired = ("length", "finished", "repetition", "on_topic", "refusal")
+    body: dict[str, object] = {
+        "reward_gain_base": _gain(new.scores_N, base.scores_N, how.samples),
+        "reward_gain_stable": _gain(new.scores_N, old.scores_N, how.samples),
+        "kl_nats": kl["all_replies"],
+        **{name: {"base": base.figures[name], "candidate": new.figures[name]} for name in paired},
+        "probes": _probes(candidate, stable, probes, how),
+    }
+    lengths = torch.tensor([len(reply.tokens) for reply in base.replies]).float()
+    details: dict[str, object] = {
+        "figures": {name: found.figures for name, found in answers.items()},
+        "kl": kl,
+        "length_share_of_score": _correlation(lengths, base.scores_N, how.samples),
+        "samples": how.samples,
+        "temperature": how.temperature,
+        "examples": [
+            {"prompt": prompt, **{name: found.texts[i * how.samples] for name, found in answers.items()}}
+            for i, prompt in enumerate(prompts)
+        ][:24],
+    }
+    return body, details
+
+
+def _correlation(lengths_N: Tensor, scores_N: Tensor, samples: int) -> float:
+    """Within prompts, of length and score among base answers: how much of the reward is length alone."""
+    x, y = (v.reshape(-1, samples) - v.reshape(-1, samples).mean(1, keepdim=True) for v in (lengths_N, scores_N))
+    spread = float((x.square().sum() * y.square().sum()).sqrt())
+    return float((x * y).sum()) / spread if spread > 0 else 0.0
+
+
+def _probes(candidate: Policy, stable: Policy | None, probes: Sequence[str], how: Sampling) -> list[dict[str, str]]:
+    """One answer of each policy to the operator's own questions."""
+    if not probes:
+        return []
+    once = Sampling(how.system_prompt, how.temperature, how.max_tokens, 1, how.seed)
+    texts = {
+        "base": [candidate.decode(r.tokens) for r in sample(candidate, probes, once, reference=True)],
+        "candidate": [candidate.decode(r.tokens) for r in sample(candidate, probes, once, reference=False)],
+    }
+    texts["stable"] = texts["base"] if stable is None else [stable.decode(r.tokens) for r in sample(stable, probes, once, reference=False)]
+    return [{"prompt": probe, **{name: texts[name][i] for name in texts}} for i, probe in enumerate(probes)]
