@@ -185,6 +185,10 @@ class Archive:
         """Subjects whose words may not train any more."""
         return {row[0] for row in self._rows("SELECT subject FROM farewells WHERE kind = 'withdrawn'")}
 
+    def erased(self, subject: str) -> int:
+        """The stamp of the subject's last erasure, 0 for none."""
+        return max((row[0] for row in self._rows("SELECT stamp FROM farewells WHERE kind = 'erased' AND subject = ?", subject)), default=0)
+
     def counts(self) -> dict[str, int]:
         """How many events of each type, and under `held:<slot>` how many opinions are held now."""
         counted = dict(self._rows("SELECT type, count(*) FROM events GROUP BY type"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from feedback.archive import Archive
 from feedback.errors import Gone
-from feedback.events import Event, FeedbackCleared, FeedbackGiven, FeedbackText, Sealed, Slot
+from feedback.events import Event, FeedbackCleared, FeedbackGiven, FeedbackText, Sealed, Slot, SubjectErased
 from feedback.sqlite_log import SqliteLogs
 from feedback.subjects import Subjects
 
@@ -43,7 +43,8 @@ class CurrentState:
 def current_state(archive: Archive, logs: SqliteLogs, target: str, rater: str) -> CurrentState:
     """The archive merged with this machine's partitions, so that a rater reads what he just wrote."""
     as_of = archive.as_of()
-    known = [*archive.said_about(target), *logs.about(target)]
+    erased = max([archive.erased(rater), *(event.stamp for event in logs.about(rater) if isinstance(event, SubjectErased))])
+    known = [event for event in (*archive.said_about(target), *logs.about(target)) if event.stamp > erased]
     slots: dict[Slot, FeedbackGiven] = {}
     for (_, whose, slot), event in fold(known).items():
         if whose == rater and isinstance(event, FeedbackGiven):
