@@ -38,11 +38,50 @@ class RewardModelSettings(Section):
     """Draws the folds, the split of raters and the shuffled control."""
 
 
+class PPOSettings(Section):
+    """PPO for a LoRA adapter of some ten iterations."""
+
+    rank: int = Field(default=8, ge=1)
+    """Of the adapter."""
+    alpha: int = Field(default=16, ge=1)
+    """Of the adapter; its change is scaled by alpha / rank."""
+    iterations: int = Field(default=10, ge=1)
+    """Rounds of rollouts and updates at most; the KL budget may end them earlier."""
+    rollouts: int = Field(default=32, ge=2)
+    """Replies sampled in an iteration."""
+    epochs: int = Field(default=2, ge=1)
+    """Passes over the rollouts."""
+    minibatch: int = Field(default=16, ge=1)
+    """Replies of one optimiser step."""
+    microbatch: int = Field(default=8, ge=1)
+    """Replies whose activations exist at once; gradients of a minibatch are accumulated over them."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Of the adapter."""
+    critic_learning_rate: float = Field(default=1e-3, gt=0)
+    """Of the value head."""
+    clip: float = Field(default=0.2, gt=0)
+    """Of the ratio and of the value."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """Of generalised advantage estimation; rewards are not discounted."""
+    kl_target_nats: float | None = Field(default=None, gt=0)
+    """Of the controller, summed over a reply; unset: min(10, 0.1 x base's mean reply tokens)."""
+    hard_stop: float = Field(default=1.5, ge=1)
+    """Training ends before the KL exceeds the target by this factor."""
+    patience: int = Field(default=4, ge=1)
+    """Iterations without a better score by the other raters' reward model before it stops training."""
+    unfinished_penalty: float = Field(default=0.5, ge=0)
+    """Taken from the score of a reply that was cut off."""
+    importance_cap: float = Field(default=2.0, ge=1)
+    """Cap of the importance weights where another engine sampled."""
+
+
 class CycleSettings(Section):
     """One turn of the trainer: when it starts and how it evaluates."""
 
     min_new_ratings: int = Field(default=100, ge=1)
     """`plaudit trainer` starts a cycle once so many ratings came in since the last one."""
+    max_prompts: int = Field(default=64, ge=1)
+    """Rollouts answer at most so many of the prompts that people asked, drawn by the seed; each costs `base_samples` answers first."""
     evaluation_samples: int = Field(default=4, ge=2, le=64)
     """Answers of base, stable and candidate to each held-out prompt."""
     facts_margin_points: float = Field(default=2.0, gt=0)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,13 +25,18 @@ from trainer.score import Normaliser, Scorer
 if TYPE_CHECKING:
     from trainer.policy import Policy, Reply
 
+Messages = list[dict[str, Any]]
+
 SAMPLE_BATCH = 64
 POSITIONS = 64
 """Token positions for which the KL is reported one by one."""
 FUNCTION_WORDS = frozenset(
-    "a an the i you he she it we they me my your our their is are was were be been am do does did can could should would will may "
-    "might must have has had what which who whom whose where when why how to of in on at by for with from about into and or but if "
-    "not no any some this that these those there here please tell want need like get make give tips good best way help".split()
+    re.findall(
+        r"\w+",
+        "a an the i you he she it we they me my your our their is are was were be been am do does did can could should would will may "
+        "might must have has had what which who whom whose where when why how to of in on at by for with from about into and or but if "
+        "not no any some this that these those there here please tell want need like get make give tips good best way help",
+    )
 )
 
 
@@ -71,7 +77,7 @@ def distinct(texts: Sequence[str], n: int) -> float:
 
 def sample(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Messages],
     how: Sampling,
     *,
     reference: bool,
@@ -80,18 +86,19 @@ def sample(
     what: str = "answers",
 ) -> list[Reply]:
     """`how.samples` answers to each prompt; those to one prompt lie together. The same seed gives the same answers."""
-    encoded = [policy.encode([{"role": "user", "content": prompt}], how.system_prompt) for prompt in prompts for _ in range(how.samples)]
+    asked = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+    encoded = [policy.encode(messages, how.system_prompt) for messages in asked for _ in range(how.samples)]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     replies: dict[int, Reply] = {}
     for start in range(0, len(order), SAMPLE_BATCH):
         batch = order[start : start + SAMPLE_BATCH]
-        drawn = policy.sample(
-            [encoded[i] for i in batch],
-            max_tokens=how.max_tokens,
-            temperature=temperature or how.temperature,
-            seed=how.seed + start,
-            reference=reference,
-        )
+        with policy.reference() if reference else nullcontext():
+            drawn = policy.sample(
+                [encoded[i] for i in batch],
+                max_tokens=how.max_tokens,
+                temperature=temperature or how.temperature,
+                seed=how.seed + start,
+            )
         replies.update(zip(batch, drawn, strict=True))
         if progress:
             progress(what, min(1.0, (start + SAMPLE_BATCH) / len(order)))

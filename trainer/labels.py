@@ -10,9 +10,12 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from feedback.errors import TrainingRefused
@@ -125,13 +128,46 @@ class Labels:
             thumbs=replace(self.thumbs, outcomes=thumbs),
         )
 
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {"features": self.features_ND, "prompts": self.prompts_N, "prompt_features": self.prompt_features_QD}
+        choices = {f"choices.{name}": value for name, value in vars(self.choices).items()}
+        return named | choices | {f"thumbs.{name}": value for name, value in vars(self.thumbs).items()}
+
+    def save(self, path: Path) -> None:
+        """One safetensors file; the people-readable parts are in its header."""
+        words = ("raters", "cohorts", "prompts", "warnings")
+        about = {name: getattr(self, name) for name in words} | {"answers": [vars(answer) for answer in self.answers]}
+        save_file({name: value.contiguous() for name, value in self._tensors().items()}, path, metadata={"about": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: Path) -> Labels:
+        """What `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        return cls(
+            features_ND=tensors["features"],
+            prompts_N=tensors["prompts"],
+            prompt_features_QD=tensors["prompt_features"],
+            choices=Choices(**part("choices.")),
+            thumbs=Thumbs(**part("thumbs.")),
+            raters=tuple(about["raters"]),
+            cohorts=tuple(map(tuple, about["cohorts"])),
+            answers=tuple(Answer(**answer) for answer in about["answers"]),
+            prompts=tuple(about["prompts"]),
+            warnings=tuple(about["warnings"]),
+        )
+
     @property
     def digest(self) -> str:
         """SHA-256 over everything that a fit depends on."""
         sha = hashlib.sha256()
-        tensors = (self.features_ND, self.prompts_N, self.prompt_features_QD, *vars(self.choices).values(), *vars(self.thumbs).values())
-        for tensor in tensors:
-            sha.update(str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
+        for name, tensor in sorted(self._tensors().items()):
+            sha.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
         sha.update("\0".join(self.raters).encode())
         return sha.hexdigest()
 
