@@ -1,0 +1,130 @@
+"""A run's KL budget: the controller of beta, which adapter is released, and the checkpoint from which a killed run goes on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config import PPOSettings
+from trainer.critic import Critic
+from trainer.policy import Policy
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one iteration measured, before its update."""
+
+    step: int
+    score: float
+    stop_score: float | None
+    kl_nats: float
+    beta: float
+    reply_tokens: float
+    finished: float
+    ratio: float = 1.0
+    first_ratio_deviation: float = 0.0
+    clipfrac: float = 0.0
+    approx_kl: float = 0.0
+    explained_variance: float = 0.0
+    value_loss: float = 0.0
+    generate_s: float = 0.0
+    score_s: float = 0.0
+    train_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """How training ended; the policy holds the adapter of `released`."""
+
+    steps: list[Step]
+    released: int
+    """The step whose measurement is the released adapter's."""
+    stopped_because: str
+    kl_target_nats: float
+
+
+def kl_budget(settings: PPOSettings, reply_tokens: float) -> float:
+    """Target of the controller in nats a reply: as set, else min(10, 0.1 x base's mean reply tokens)."""
+    return settings.kl_target_nats or min(10.0, 0.1 * reply_tokens)
+
+
+class Run:
+    """The controller's state: beta, the best adapter so far, and why it ended."""
+
+    def __init__(self, settings: PPOSettings) -> None:
+        self.settings = settings
+        self.steps: list[Step] = []
+        self.beta: float | None = None
+        self.target = 0.0
+        self.good: tuple[int, dict[str, Tensor]] | None = None
+        self.best_stop: tuple[float, int, dict[str, Tensor]] | None = None
+        self.reason = "all iterations were done"
+
+    @property
+    def next_step(self) -> int:
+        return len(self.steps)
+
+    def beta_for(self, reply_tokens: float) -> float:
+        """The first rollouts are the reference's own, so they set the budget: beta_0 = 1 / sqrt(2·target)."""
+        if self.beta is None:
+            self.target = kl_budget(self.settings, reply_tokens)
+            self.beta = (2 * self.target) ** -0.5
+        return self.beta
+
+    def judge(self, measured: Step, policy: Policy) -> bool:
+        """Whether to end here. Keeps the adapter that was just measured, if it is within the budget."""
+        if measured.kl_nats > self.settings.hard_stop * self.target:
+            self.reason = f"KL {measured.kl_nats:.1f} > {self.settings.hard_stop:g} x {self.target:.1f} nats in step {measured.step}"
+            return True
+        state = policy.state()
+        self.good = (measured.step, state)
+        if measured.stop_score is not None:
+            if self.best_stop is None or measured.stop_score > self.best_stop[0]:
+                self.best_stop = (measured.stop_score, measured.step, state)
+            elif measured.step - self.best_stop[1] >= self.settings.patience:
+                self.good = self.best_stop[1:]
+                self.reason = f"other raters' reward model has not risen since step {self.best_stop[1]}"
+                return True
+        if measured.step == self.settings.iterations:
+            self.steps.append(measured)
+            return True
+        return False
+
+    def finish(self, done: Step) -> None:
+        """beta x= 1 + 0.2·clip(KL / target - 1, -1, 1)."""
+        self.steps.append(done)
+        assert self.beta is not None
+        self.beta *= 1 + 0.2 * max(-1.0, min(1.0, done.kl_nats / self.target - 1))
+
+    def result(self, policy: Policy) -> Result:
+        assert self.good is not None, "the first measurement is the reference's, whose KL is 0"
+        policy.restore(self.good[1])
+        return Result(self.steps, self.good[0], self.reason, self.target)
+
+    def save(self, path: Path | None, policy: Policy, critic: Critic, optimiser: torch.optim.Optimizer) -> None:
+        if path is None:
+            return
+        mine = {"beta": self.beta, "target": self.target, "good": self.good, "best_stop": self.best_stop}
+        state = {"adapter": policy.state(), "critic": critic.state_dict(), "optimiser": optimiser.state_dict(), **mine}
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save(state | {"steps": [asdict(step) for step in self.steps]}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    def resume(self, path: Path | None, policy: Policy, critic: Critic, optimiser: torch.optim.Optimizer) -> bool:
+        if path is None or not path.is_file():
+            return False
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        policy.restore(state["adapter"])
+        critic.load_state_dict(state["critic"])
+        optimiser.load_state_dict(state["optimiser"])
+        self.beta, self.target, self.good, self.best_stop = (state[name] for name in ("beta", "target", "good", "best_stop"))
+        self.steps = [Step(**step) for step in state["steps"]]
+        return True
