@@ -1,0 +1,333 @@
+"""One turn of learning: ratings -> reward model -> PPO -> evaluation -> adapter -> candidate.
+
+Each stage writes its result into the cycle's folder, atomically, and is skipped where the result is there already; PPO
+continues at its last iteration. So a killed trainer goes on where it was. The folder's name is a digest of everything
+that the outcome depends on, so the same ratings and settings always lead to the same folder.
+
+    job.json  labels.safetensors  base.safetensors  reward.json  reward_model.safetensors  [watch_model.safetensors]
+    ppo.pt  metrics.jsonl  policy/  ppo.json  evaluation.json  details.json  adapter.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deploy.manifest import ManifestFields, base_digests, write_adapter
+from feedback.errors import TrainingRefused
+from feedback.snapshot import Snapshot
+from feedback.snapshot import load as load_snapshot
+from trainer import facts as facts_suite
+from trainer.evaluation import Sampling, evaluate, sample
+from trainer.held_out import held_out, tastes
+from trainer.labels import Labels, Progress, features_of, from_snapshot
+from trainer.policy import Policy, Reply
+from trainer.ppo import Options, Warmup, train
+from trainer.reward_model import RewardModel, fit
+from trainer.schedule import Job, LearningSettings, cycle_id
+from trainer.score import Normaliser, Scorer
+
+if TYPE_CHECKING:
+    from deploy.registry import Registry
+
+
+@dataclass(frozen=True)
+class CycleResult:
+    """What a finished cycle leaves."""
+
+    folder: Path
+    adapter_id: str
+    adapter: Path
+    evaluation: dict[str, Any]
+    seconds: dict[str, float]
+    """Of each stage; only of this run, so a stage that was there already took none."""
+
+
+def write_json(path: Path, value: object) -> None:
+    """Atomically: a reader or a restart sees all of it or nothing."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote."""
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def run_cycle(
+    job: Job,
+    settings: LearningSettings,
+    data_dir: Path,
+    *,
+    registry: Registry | None = None,
+    by: str = "trainer",
+    progress: Progress | None = None,
+    finished: Callable[[str], None] | None = None,
+) -> CycleResult:
+    """Run or finish the cycle of this job. `finished` hears the name of each stage once it is durable.
+
+    Raises TrainingRefused where the data or the settings cannot train, InvalidInput where the policy is no model.
+    """
+    if settings.cycle.threads:
+        torch.set_num_threads(settings.cycle.threads)
+    snapshot = load_snapshot(job.snapshot)
+    folder = data_dir / "cycles" / cycle_id(job, settings, snapshot.digest)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "job.json", {"job": job.as_json(), "settings": settings.as_json(), "snapshot": snapshot.digest})
+    cycle = _Cycle(job, settings, snapshot, folder, progress or (lambda what, share: None))
+    seconds: dict[str, float] = {}
+    for name, stage in (
+        ("labels", cycle.label),
+        ("base", cycle.sample_base),
+        ("reward", cycle.fit_rewards),
+        ("ppo", cycle.improve),
+        ("evaluation", cycle.judge),
+        ("adapter", lambda: cycle.publish(data_dir / "adapters")),
+    ):
+        started = time.perf_counter()
+        stage()
+        seconds[name] = round(time.perf_counter() - started, 2)
+        if finished:
+            finished(name)
+    made = read_json(folder / "adapter.json")
+    result = CycleResult(folder, made["adapter_id"], Path(made["path"]), read_json(folder / "evaluation.json"), seconds)
+    if registry is not None:
+        registry.register(result.adapter_id, result.adapter, by)
+        if not registry.attestations(result.adapter_id, "training"):
+            registry.attest(result.adapter_id, "training", _training_body(folder, seconds), by)
+        if not registry.attestations(result.adapter_id, "evaluation"):
+            # Last, because this one starts the gates.
+            registry.attest(result.adapter_id, "evaluation", result.evaluation, by)
+    return result
+
+
+def _training_body(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
+    ppo = read_json(folder / "ppo.json")
+    return {
+        "cycle": folder.name,
+        "seconds": seconds,
+        "reward_model": read_json(folder / "reward.json"),
+        "stopped_because": ppo["stopped_because"],
+    }
+
+
+def _save_replies(path: Path, replies: Sequence[Reply], features_ND: Tensor) -> None:
+    about = json.dumps([[reply.prompt, reply.tokens, reply.finished] for reply in replies])
+    temporary = path.with_suffix(".tmp")
+    save_file({"features": features_ND.contiguous()}, temporary, metadata={"replies": about})
+    temporary.replace(path)
+
+
+def _load_replies(path: Path) -> tuple[list[Reply], Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["replies"])
+    return [Reply(tuple(prompt), tuple(tokens), finished) for prompt, tokens, finished in about], load_file(path)["features"]
+
+
+class _Cycle:
+    """The stages. Each leaves a file and does nothing where it is there."""
+
+    def __init__(self, job: Job, settings: LearningSettings, snapshot: Snapshot, folder: Path, progress: Progress) -> None:
+        self.job, self.settings, self.snapshot, self.folder, self.progress = job, settings, snapshot, folder, progress
+        self._policy: Policy | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """Loaded once, when a stage first needs it; the adapter is fresh until `improve`."""
+        if self._policy is None:
+            ppo = self.settings.ppo
+            self._policy = Policy.load(self.job.policy, rank=ppo.rank, alpha=ppo.alpha, seed=self.settings.cycle.seed)
+        return self._policy
+
+    def label(self) -> None:
+        path = self.folder / "labels.safetensors"
+        if not path.exists():
+            single = self.settings.reward_model.allow_single_rater
+            labels = from_snapshot(
+                self.snapshot.rows, self.policy, self.job.system_prompt, allow_single_rater=single, progress=self.progress
+            )
+            if self.settings.cycle.shuffle_labels:
+                labels = labels.shuffled(self.settings.reward_model.seed)
+            labels.save(path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+
+    def sample_base(self) -> None:
+        """Answers of the base to the prompts that PPO will use: zero and unit of the score, and the critic's start."""
+        path = self.folder / "base.safetensors"
+        if path.exists():
+            return
+        # Rows repeat prompts; PPO takes each once.
+        texts = sorted({json.dumps(row.prompt, sort_keys=True) for row in self.snapshot.rows})
+        room = self.job.max_model_len - self.job.max_tokens
+        prompts = [text for text in texts if len(self.policy.encode(json.loads(text), self.job.system_prompt)) <= room]
+        if not prompts:
+            raise TrainingRefused(f"prompts: none of {len(texts)} fits into {room} tokens beside its answer", field="max_model_len")
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.settings.cycle.seed))
+        chosen = [json.loads(prompts[int(i)]) for i in order[: self.settings.cycle.max_prompts]]
+        how = self._sampling(self.settings.reward_model.base_samples)
+        replies = sample(self.policy, chosen, how, reference=True, progress=self.progress, what="answers of the base")
+        _save_replies(path, replies, features_of(self.policy, replies, self.progress, "features of the base's answers"))
+
+    def _sampling(self, samples: int) -> Sampling:
+        job = self.job
+        return Sampling(job.system_prompt, job.temperature, job.max_tokens, samples, self.settings.cycle.seed)
+
+    def fit_rewards(self) -> None:
+        """The reward model, where raters suffice another one from other raters, and what can be said about both."""
+        if (self.folder / "reward.json").exists():
+            return
+        settings = self.settings.reward_model
+        labels = Labels.load(self.folder / "labels.safetensors")
+        main, watch = split_raters(labels, settings.watch_share, settings.watch_min_raters, settings.watch_min_labels, settings.seed)
+        self.progress("reward model", 0.0)
+        model = fit(main, settings)
+        model.save(self.folder / "reward_model.safetensors")
+        if watch is not None:
+            self.progress("second reward model", 0.5)
+            fit(watch, settings).save(self.folder / "watch_model.safetensors")
+        self.progress("held-out accuracy", 0.8)
+        accuracy = held_out(labels, settings, str(model.about["map"]), float(str(model.about["ridge"])))
+        warnings = list(labels.warnings)
+        if model.about["ridge_at_grid_edge"]:
+            warnings.append(f"reward model: the best ridge {model.about['ridge']} lies on the edge of what was compared")
+        body = {
+            "id": model.id,
+            "map": model.about["map"],
+            "ridge": model.about["ridge"],
+            "held_out_nll": model.about["held_out_nll"],
+            "scalars": model.about["scalars"],
+            "choices": len(labels.choices),
+            "thumbs": len(labels.thumbs),
+            "raters": len(labels.raters),
+            "simulated_raters": sum("simulated" in cohorts for cohorts in labels.cohorts),
+            "ratings_by_rater": {name: int(n) for name, n in zip(labels.raters, _ratings_by_rater(labels), strict=True)},
+            "second": watch is not None,
+            "accuracy": {name: asdict(value) if value else None for name, value in accuracy.items()},
+            "tastes": [asdict(taste) | {"words": taste.words} for taste in tastes(labels)],
+            "warnings": warnings,
+            "shuffled": self.settings.cycle.shuffle_labels,
+        }
+        write_json(self.folder / "reward.json", body)
+        self.progress("reward model", 1.0)
+
+    def _scorer(self, name: str) -> Scorer:
+        model = RewardModel.load(self.folder / name)
+        replies, features_ND = _load_replies(self.folder / "base.safetensors")
+        return Scorer(model, Normaliser.fit(model, [r.prompt for r in replies], features_ND), self.settings.reward_model.clip)
+
+    def improve(self) -> None:
+        if (self.folder / "ppo.json").exists():
+            return
+        replies, features_ND = _load_replies(self.folder / "base.safetensors")
+        score = self._scorer("reward_model.safetensors")
+        watched = (self.folder / "watch_model.safetensors").exists()
+        live = self.folder / "metrics.jsonl"
+        iterations = self.settings.ppo.iterations
+
+        def on_step(step: Any) -> None:
+            with live.open("a") as file:
+                file.write(json.dumps(asdict(step)) + "\n")
+            self.progress("PPO", min(1.0, step.step / iterations))
+
+        result = train(
+            self.policy,
+            list(dict.fromkeys(reply.prompt for reply in replies)),
+            score,
+            self.settings.ppo,
+            max_tokens=self.job.max_tokens,
+            temperature=self.job.temperature,
+            seed=self.settings.cycle.seed,
+            options=Options(
+                stop_score=self._scorer("watch_model.safetensors") if watched else None,
+                warmup=Warmup(replies, score(replies, features_ND)),
+                on_step=on_step,
+                checkpoint=self.folder / "ppo.pt",
+            ),
+        )
+        self.policy.save(self.folder / "policy")
+        steps = [asdict(step) for step in result.steps]
+        # A run that was killed between a line and its checkpoint left that line twice; now each step stands once.
+        temporary = live.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(step) + "\n" for step in steps))
+        temporary.replace(live)
+        write_json(self.folder / "ppo.json", {"steps": steps, **{k: v for k, v in asdict(result).items() if k != "steps"}})
+
+    def judge(self) -> None:
+        if (self.folder / "evaluation.json").exists():
+            return
+        job, settings = self.job, self.settings
+        self._policy = None
+        candidate = Policy.load(job.policy, adapter=self.folder / "policy")
+        stable = Policy.load(job.policy, adapter=job.stable) if job.stable else None
+        model = RewardModel.load(self.folder / "reward_model.safetensors")
+        how = self._sampling(settings.cycle.evaluation_samples)
+        body, details = evaluate(
+            candidate, stable, model, job.held_out, job.probes, how, clip=settings.reward_model.clip, progress=self.progress
+        )
+        body["facts"], details["facts"] = self._facts(candidate) if job.facts else (None, None)
+        body["kl_budget_nats"] = read_json(self.folder / "ppo.json")["kl_target_nats"]
+        body["shuffled"] = settings.cycle.shuffle_labels
+        write_json(self.folder / "details.json", details)
+        write_json(self.folder / "evaluation.json", body)
+
+    def _facts(self, candidate: Policy) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the gate reads and what the report shows."""
+        job = self.job
+        base = facts_suite.margins(candidate, job.facts, job.system_prompt, reference=True, progress=self.progress)
+        new = facts_suite.margins(candidate, job.facts, job.system_prompt, reference=False, progress=self.progress)
+        entities = [fact.entity for fact in job.facts]
+        facts = facts_suite.compare(base, new, entities, margin_points=self.settings.cycle.facts_margin_points)
+        figures = ("n", "base", "candidate", "diff", "low", "margin_points", "certifies_points")
+        return {name: getattr(facts, name) for name in figures}, asdict(facts) | {"words": facts.words}
+
+    def publish(self, adapters: Path) -> None:
+        if (self.folder / "adapter.json").exists():
+            return
+        fields = ManifestFields(
+            kind="trained",
+            base_model=self.job.policy_name,
+            base=base_digests(self.job.policy),
+            temperature=self.job.temperature,
+            system_prompt=self.job.system_prompt,
+            max_tokens=self.job.max_tokens,
+            snapshot=self.snapshot.digest,
+            reward_model=read_json(self.folder / "reward.json")["id"],
+            settings=self.settings.as_json(),
+            code_version=self.settings.code_version,
+            seed=self.settings.cycle.seed,
+        )
+        adapter_id, path = write_adapter(self.folder / "policy", adapters, fields)
+        write_json(self.folder / "adapter.json", {"adapter_id": adapter_id, "path": str(path.absolute())})
+
+
+def _ratings_by_rater(labels: Labels) -> list[int]:
+    counts: list[int] = torch.bincount(torch.cat([labels.choices.raters, labels.thumbs.raters]), minlength=len(labels.raters)).tolist()
+    return counts
+
+
+def split_raters(labels: Labels, share: float, min_raters: int, min_labels: int, seed: int) -> tuple[Labels, Labels | None]:
+    """Labels of the first reward model and those of other raters for the second, or all and None where there are too few."""
+    raters = len(labels.raters)
+    if share == 0 or raters < min_raters or labels.count < min_labels:
+        return labels, None
+    order = torch.randperm(raters, generator=torch.Generator().manual_seed(seed))
+    others = torch.zeros(raters, dtype=torch.bool)
+    others[order[: max(1, round(raters * share))]] = True
+    main, watch = labels.where_rater(~others), labels.where_rater(others)
+    return (main, watch) if main.count and watch.count else (labels, None)

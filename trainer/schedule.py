@@ -1,0 +1,97 @@
+"""What a cycle is about and when one is due. Imports no torch, so that a trainer that waits stays small."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
+
+if TYPE_CHECKING:
+    from feedback.archive import Archive
+    from trainer.facts import Fact
+
+
+def code_version() -> str:
+    """The installed version and a digest of the trainer's own source."""
+    sha = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sha.update(path.name.encode() + path.read_bytes())
+    return f"{importlib.metadata.version('plaudit')}+{sha.hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class LearningSettings:
+    """All sections that learning reads."""
+
+    reward_model: RewardModelSettings = field(default_factory=RewardModelSettings)
+    ppo: PPOSettings = field(default_factory=PPOSettings)
+    cycle: CycleSettings = field(default_factory=CycleSettings)
+    code_version: str = field(default_factory=code_version)
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the code version."""
+        return {name: getattr(self, name).model_dump(mode="json") for name in ("reward_model", "ppo", "cycle")}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to learn from, for which policy, and what to judge the result on."""
+
+    policy: Path
+    policy_name: str
+    snapshot: Path
+    system_prompt: str | None
+    temperature: float
+    max_tokens: int
+    max_model_len: int
+    held_out: Sequence[str]
+    probes: Sequence[str]
+    facts: Sequence[Fact]
+    stable: Path | None = None
+    """Folder of the adapter that answers people now; None where that is the base."""
+
+    def as_json(self) -> dict[str, Any]:
+        plain = ("policy_name", "system_prompt", "temperature", "max_tokens", "max_model_len")
+        facts = [[fact.prompt, fact.answer, list(fact.distractors), fact.entity] for fact in self.facts]
+        return {name: getattr(self, name) for name in plain} | {
+            "held_out": list(self.held_out),
+            "probes": list(self.probes),
+            "facts": hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
+            "stable": self.stable.name if self.stable else None,
+        }
+
+
+def cycle_id(job: Job, settings: LearningSettings, snapshot_digest: str) -> str:
+    """16 hex digits of a digest over everything that the outcome depends on."""
+    whole = {"job": job.as_json(), "settings": settings.as_json(), "snapshot": snapshot_digest, "code": settings.code_version}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def ratings_now(archive: Archive) -> int:
+    """How many opinions are held at this moment; changing one's mind does not add."""
+    return sum(event.slot in ("rating", "choice") for event in archive.current())
+
+
+def should_train(archive: Archive, settings: CycleSettings, data_dir: Path) -> bool:
+    """Whether enough was said since the last cycle that finished. Call `trained` after a cycle."""
+    return ratings_now(archive) - _last(data_dir) >= settings.min_new_ratings
+
+
+def trained(archive_ratings: int, data_dir: Path) -> None:
+    """Remember how many ratings there were when the last cycle took its snapshot."""
+    path = data_dir / "cycles" / "last.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"ratings": archive_ratings}))
+    temporary.replace(path)
+
+
+def _last(data_dir: Path) -> int:
+    path = data_dir / "cycles" / "last.json"
+    return int(json.loads(path.read_text())["ratings"]) if path.exists() else 0
