@@ -1,0 +1,413 @@
+"""Adapters, what was found out about them, and which of them answers: the truth that every process goes by.
+
+Every change is one transaction that bumps the version, moves aliases by compare-and-swap, writes a hash-chained audit
+row and puts the event into the outbox. Nothing here decides; `rollout.py` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import JsonValue
+from sqlalchemy import Connection, Engine, func, insert, select, update
+from sqlalchemy.exc import SQLAlchemyError
+
+from deploy.manifest import Manifest, read_manifest, vllm_name
+from deploy.routing import AdapterRef, RoutingTable
+from deploy.tables import adapters, alias_history, aliases, attestations, audit, facts, holdings, leases, metadata, outbox, rollouts
+from feedback.clock import wall_ms
+from feedback.database import create_tables
+from feedback.errors import Conflict, InvalidInput, NotDurable, NotFound
+from feedback.events import AdapterEvent, Event, Model, RolloutEvent, decode, encode, new_id
+
+Alias = Literal["stable", "canary", "previous"]
+ALIASES: tuple[Alias, ...] = ("stable", "canary", "previous")
+State = Literal["candidate", "refused", "canary", "stable", "retired"]
+ACTIVE = ("gates", "canary", "awaiting")
+HOLDING_AGE_MS = 10_000
+"""A replica that has been silent for longer counts as gone."""
+
+
+class AdapterRecord(Model):
+    """A registered adapter."""
+
+    id: str
+    path: Path
+    kind: str
+    temperature: float
+    state: State
+    registered_by: str
+    registered_ms: int
+    reason: str
+    """Why it is in this state."""
+
+    @property
+    def manifest(self) -> Manifest:
+        return read_manifest(self.path)
+
+
+class Attestation(Model):
+    """Something found out about an adapter after it was made."""
+
+    id: str
+    adapter: str
+    kind: str
+    body: dict[str, JsonValue]
+    actor: str
+    at_ms: int
+
+
+class RolloutRecord(Model):
+    """One adapter's way from candidate to stable, or to its end."""
+
+    id: str
+    adapter: str
+    stable: str
+    """What it is compared with: stable when it began."""
+    number: int
+    """The i-th rollout ever; the win test's threshold grows with it."""
+    state: str
+    weight: float
+    salt: str
+    started_ms: int
+    canary_ms: int | None
+    reason: str
+    verdicts: list[dict[str, JsonValue]]
+    approved_by: str | None
+
+
+class Registry:
+    """Thread-safe. Raises NotDurable where the database does not answer."""
+
+    def __init__(self, engine: Engine, tenant: str = "default") -> None:
+        create_tables(engine, metadata)
+        self._engine = engine
+        self._tenant = tenant
+        with self._engine.begin() as db:
+            for name in ("version", "epoch"):
+                if db.execute(select(facts.c.value).where(facts.c.name == name)).first() is None:
+                    db.execute(insert(facts).values(name=name, value=0))
+
+    # --- adapters ---------------------------------------------------------------------------------------------------
+
+    def register(self, adapter_id: str, path: Path, by: str) -> AdapterRecord:
+        """A new candidate; one that is registered already is returned as it is."""
+        with self._read() as db:
+            row = db.execute(select(adapters).where(adapters.c.id == adapter_id)).first()
+        if row is None:
+            manifest = read_manifest(path)
+            if manifest.adapter_id != adapter_id:
+                raise InvalidInput(f"{path} holds adapter {manifest.adapter_id[:16]}, not {adapter_id[:16]}", field="adapter")
+            values = {"kind": manifest.kind, "temperature": manifest.temperature, "state": "candidate", "reason": "registered"}
+            with self._change(by, "adapter.registered", adapter_id, str(values["kind"])) as db:
+                db.execute(
+                    insert(adapters).values(id=adapter_id, path=str(path.resolve()), registered_by=by, registered_ms=wall_ms(), **values)
+                )
+                self._emit(db, AdapterEvent(**self._head(), type="adapter.registered", adapter=adapter_id, actor=by))
+        return self.adapter(adapter_id)
+
+    def adapter(self, prefix: str) -> AdapterRecord:
+        """By id or its first digits. Raises NotFound, and InvalidInput where several begin so."""
+        prefix = prefix.removeprefix("a-")
+        with self._read() as db:
+            rows = db.execute(select(adapters).where(adapters.c.id.startswith(prefix, autoescape=True))).all()
+        if len(rows) > 1:
+            raise InvalidInput(f"adapter: {len(rows)} adapters begin with '{prefix}'; give more digits", field="adapter")
+        if not rows or not prefix:
+            raise NotFound(f"adapter: there is none with id '{prefix[:64]}'; `plaudit adapters list` shows them", field="adapter")
+        return AdapterRecord.model_validate(dict(rows[0]._mapping))
+
+    def adapters(self) -> list[AdapterRecord]:
+        """All, oldest first."""
+        with self._read() as db:
+            rows = db.execute(select(adapters).order_by(adapters.c.registered_ms, adapters.c.id)).all()
+        return [AdapterRecord.model_validate(dict(row._mapping)) for row in rows]
+
+    def attest(self, adapter_id: str, kind: str, body: Mapping[str, JsonValue], by: str) -> str:
+        """Add what was found out; nothing is ever changed. Returns its id."""
+        attestation_id = new_id()
+        with self._change(by, "adapter.attested", adapter_id, kind) as db:
+            values = {"id": attestation_id, "adapter": adapter_id, "kind": kind, "body": dict(body), "actor": by, "at_ms": wall_ms()}
+            db.execute(insert(attestations).values(**values))
+            detail: dict[str, JsonValue] = {"kind": kind, "id": attestation_id}
+            self._emit(db, AdapterEvent(**self._head(), type="adapter.attested", adapter=adapter_id, actor=by, detail=detail))
+        return attestation_id
+
+    def attestations(self, adapter_id: str, kind: str | None = None) -> list[Attestation]:
+        """Oldest first."""
+        query = select(attestations).where(attestations.c.adapter == adapter_id).order_by(attestations.c.at_ms, attestations.c.id)
+        with self._read() as db:
+            rows = db.execute(query if kind is None else query.where(attestations.c.kind == kind)).all()
+        return [Attestation.model_validate(dict(row._mapping)) for row in rows]
+
+    # --- aliases and routes -----------------------------------------------------------------------------------------
+
+    def alias(self, name: Alias) -> str | None:
+        """The adapter that the alias points at."""
+        with self._read() as db:
+            return _alias(db, name)
+
+    def history(self) -> list[dict[str, JsonValue]]:
+        """Every alias move, oldest first."""
+        with self._read() as db:
+            return [dict(row._mapping) for row in db.execute(select(alias_history).order_by(alias_history.c.id))]
+
+    def start_with(self, adapter_id: str, by: str) -> None:
+        """The very first stable. Raises Conflict where there is one."""
+        with self._change(by, "alias.moved", adapter_id, "first stable") as db:
+            self._move(db, {"stable": adapter_id}, {"stable": None}, by, "first stable")
+            self._set_state(db, adapter_id, "stable", "first stable")
+
+    def rollback(self, by: str, reason: str) -> str:
+        """`previous` answers again and a running rollout ends, in one transaction. Returns the adapter. Raises NotFound."""
+        with self._change(by, "adapter.rolled_back", "stable", reason) as db:
+            stable, previous = _alias(db, "stable"), _alias(db, "previous")
+            if previous is None:
+                raise NotFound("rollback: the alias 'previous' points at nothing; nothing was promoted yet", field="previous")
+            self._move(db, {"stable": previous, "previous": stable, "canary": None}, {"stable": stable, "previous": previous}, by, reason)
+            self._set_state(db, previous, "stable", f"rolled back to by {by}: {reason}")
+            if stable is not None:
+                self._set_state(db, stable, "retired", f"rolled back by {by}: {reason}")
+            for row in db.execute(select(rollouts).where(rollouts.c.state.in_(ACTIVE))).all():
+                self._end(db, row.id, row.adapter, "stopped", f"rollback by {by}: {reason}", by)
+        return previous
+
+    def routing(self) -> RoutingTable:
+        """What gateways go by. Raises NotFound as long as there is no stable."""
+        with self._read() as db:
+            version = int(db.execute(select(facts.c.value).where(facts.c.name == "version")).scalar_one())
+            named = {
+                row.name: row for row in db.execute(select(aliases.c.name, adapters).join(adapters, adapters.c.id == aliases.c.adapter))
+            }
+            row = db.execute(select(rollouts).where(rollouts.c.state.in_(("canary", "awaiting")))).first()
+        if "stable" not in named:
+            raise NotFound("there is no stable adapter yet", field="stable")
+
+        def ref(name: str) -> AdapterRef | None:
+            return AdapterRef(adapter=named[name].id, temperature=named[name].temperature) if name in named else None
+
+        stable = ref("stable")
+        assert stable is not None
+        table = RoutingTable(version=version, stable=stable, previous=ref("previous"))
+        if row is None or "canary" not in named:
+            return table
+        return table.model_copy(update={"canary": ref("canary"), "rollout": row.id, "weight": row.weight, "salt": row.salt})
+
+    def wanted(self) -> dict[str, Path]:
+        """Names that a replica must hold, and the folders of their weights."""
+        with self._read() as db:
+            paths = {row.id: Path(row.path) for row in db.execute(select(adapters.c.id, adapters.c.path))}
+            named = [row.adapter for row in db.execute(select(aliases.c.adapter)) if row.adapter]
+            active = db.execute(select(rollouts).where(rollouts.c.state.in_(ACTIVE))).all()
+        names = {vllm_name(adapter): paths[adapter] for adapter in [*named, *(row.adapter for row in active)]}
+        return names | {vllm_name(row.stable, row.id): paths[row.stable] for row in active}
+
+    def report_held(self, replica: str, names: set[str]) -> None:
+        """A replica says what it could answer with now."""
+        values = {"names": sorted(names), "at_ms": wall_ms()}
+        with self._write() as db:
+            if db.execute(update(holdings).where(holdings.c.replica == replica).values(**values)).rowcount == 0:
+                db.execute(insert(holdings).values(replica=replica, **values))
+
+    def held_everywhere(self) -> set[str]:
+        """Names that every living replica holds; empty where none lives."""
+        with self._read() as db:
+            rows = db.execute(select(holdings.c.names).where(holdings.c.at_ms > wall_ms() - HOLDING_AGE_MS)).all()
+        return set.intersection(*(set(row.names) for row in rows)) if rows else set()
+
+    # --- rollouts ---------------------------------------------------------------------------------------------------
+
+    def begin_rollout(self, adapter_id: str, by: str) -> RolloutRecord:
+        """Raises Conflict while another one runs."""
+        rollout_id = hashlib.sha256(new_id().encode()).hexdigest()[:8]
+        with self._change(by, "rollout.started", rollout_id, adapter_id) as db:
+            if running := db.execute(select(rollouts.c.id).where(rollouts.c.state.in_(ACTIVE))).first():
+                raise Conflict(f"rollout {running.id} is running; it must end before another begins", field="rollout")
+            stable = _alias(db, "stable")
+            if stable is None:
+                raise NotFound("there is no stable adapter to compare with", field="stable")
+            number = int(db.execute(select(func.count()).select_from(rollouts).where(rollouts.c.canary_ms.is_not(None))).scalar_one()) + 1
+            values = {"id": rollout_id, "adapter": adapter_id, "stable": stable, "number": number, "state": "gates", "weight": 0.0}
+            blank = {"salt": rollout_id, "started_ms": wall_ms(), "reason": "gates are being judged", "verdicts": []}
+            db.execute(insert(rollouts).values(**values, **blank))
+            self._emit(db, RolloutEvent(**self._head(), type="rollout.started", rollout=rollout_id, adapter=adapter_id, actor=by))
+        return self.rollout(rollout_id)
+
+    def rollout(self, rollout_id: str) -> RolloutRecord:
+        """Raises NotFound."""
+        with self._read() as db:
+            row = db.execute(select(rollouts).where(rollouts.c.id == rollout_id)).first()
+        if row is None:
+            raise NotFound(f"rollout: there is none with id '{rollout_id[:16]}'", field="rollout")
+        return RolloutRecord.model_validate(dict(row._mapping))
+
+    def rollouts(self, adapter_id: str | None = None) -> list[RolloutRecord]:
+        """Oldest first."""
+        query = select(rollouts).order_by(rollouts.c.started_ms)
+        with self._read() as db:
+            rows = db.execute(query if adapter_id is None else query.where(rollouts.c.adapter == adapter_id)).all()
+        return [RolloutRecord.model_validate(dict(row._mapping)) for row in rows]
+
+    def active_rollout(self) -> RolloutRecord | None:
+        """The one that runs, if any."""
+        return next((each for each in self.rollouts() if each.state in ACTIVE), None)
+
+    def start_canary(self, rollout_id: str, weight: float, verdicts: list[dict[str, JsonValue]], by: str, epoch: int) -> None:
+        """People begin to be answered by it."""
+        with self._step(rollout_id, "gates", by, "canary", epoch) as (db, row):
+            reason = f"{weight:.0%} of people are answered by it"
+            values = {"state": "canary", "weight": weight, "canary_ms": wall_ms(), "reason": reason, "verdicts": verdicts}
+            db.execute(update(rollouts).where(rollouts.c.id == rollout_id).values(**values))
+            self._move(db, {"canary": row.adapter}, {"canary": None}, by, "canary")
+            self._set_state(db, row.adapter, "canary", "canary")
+
+    def await_approval(self, rollout_id: str, verdicts: list[dict[str, JsonValue]], reason: str, by: str, epoch: int) -> None:
+        """The canary has won; a person decides."""
+        with self._step(rollout_id, "canary", by, "awaiting", epoch) as (db, _):
+            db.execute(update(rollouts).where(rollouts.c.id == rollout_id).values(state="awaiting", reason=reason, verdicts=verdicts))
+
+    def note(self, rollout_id: str, reason: str, verdicts: list[dict[str, JsonValue]]) -> None:
+        """What the last look showed, for people to read; no transition."""
+        with self._write() as db:
+            where = (rollouts.c.id == rollout_id) & rollouts.c.state.in_(ACTIVE)
+            db.execute(update(rollouts).where(where).values(reason=reason, verdicts=verdicts))
+
+    def end_rollout(self, rollout_id: str, reason: str, by: str, verdicts: list[dict[str, JsonValue]] | None = None) -> None:
+        """Stop: all traffic is stable's again, in one transaction."""
+        with self._change(by, "rollout.stopped", rollout_id, reason) as db:
+            row = db.execute(select(rollouts).where(rollouts.c.id == rollout_id)).first()
+            if row is None or row.state not in ACTIVE:
+                raise Conflict(f"rollout {rollout_id} has ended already", field="rollout")
+            if verdicts is not None:
+                db.execute(update(rollouts).where(rollouts.c.id == rollout_id).values(verdicts=verdicts))
+            if _alias(db, "canary") is not None:
+                self._move(db, {"canary": None}, {"canary": row.adapter}, by, reason)
+            self._end(db, rollout_id, row.adapter, "stopped", reason, by)
+
+    def promote(self, rollout_id: str, by: str) -> None:
+        """The canary becomes stable, stable becomes previous. Raises Conflict where it does not wait for approval."""
+        with self._step(rollout_id, "awaiting", by, "promoted", None) as (db, row):
+            stable = _alias(db, "stable")
+            before: dict[Alias, str | None] = {"stable": row.stable, "canary": row.adapter}
+            self._move(db, {"stable": row.adapter, "previous": stable, "canary": None}, before, by, "approved")
+            self._set_state(db, row.adapter, "stable", f"approved by {by}")
+            self._set_state(db, row.stable, "retired", f"followed by {row.adapter[:16]}")
+            values = {"state": "promoted", "weight": 0.0, "approved_by": by, "reason": f"approved by {by}"}
+            db.execute(update(rollouts).where(rollouts.c.id == rollout_id).values(**values))
+
+    # --- leases, audit, outbox --------------------------------------------------------------------------------------
+
+    def lease(self, name: str, holder: str, ttl_s: float) -> int | None:
+        """Take or renew it; its epoch, or None while somebody else holds it."""
+        now = wall_ms()
+        with self._write() as db:
+            row = db.execute(select(leases).where(leases.c.name == name)).first()
+            expires = now + int(ttl_s * 1000)
+            if row is None:
+                db.execute(insert(leases).values(name=name, holder=holder, epoch=1, expires_ms=expires))
+                return 1
+            if row.holder != holder and row.expires_ms > now:
+                return None
+            epoch = int(row.epoch) + (row.holder != holder)
+            db.execute(update(leases).where(leases.c.name == name).values(holder=holder, epoch=epoch, expires_ms=expires))
+            return epoch
+
+    def audit_rows(self) -> list[dict[str, JsonValue]]:
+        """Oldest first."""
+        with self._read() as db:
+            return [dict(row._mapping) for row in db.execute(select(audit).order_by(audit.c.id))]
+
+    def unsent(self, limit: int = 100) -> list[Event]:
+        """Events of changes that are not in the event log yet."""
+        with self._read() as db:
+            return [decode(row.value) for row in db.execute(select(outbox.c.value).where(outbox.c.sent.is_(False)).limit(limit))]
+
+    def mark_sent(self, events: list[Event]) -> None:
+        with self._write() as db:
+            db.execute(update(outbox).where(outbox.c.event_id.in_([event.event_id for event in events])).values(sent=True))
+
+    # --- inside a transaction ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        try:
+            with self._engine.connect() as db:
+                yield db
+        except SQLAlchemyError as exc:
+            raise NotDurable(f"the registry's database does not answer: {exc.__cause__ or exc}", retry_after_s=2) from exc
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        """A transaction that takes SQLite's write lock with its first statement, so that what it reads stays true."""
+        try:
+            with self._engine.begin() as db:
+                db.execute(update(facts).where(facts.c.name == "epoch").values(value=facts.c.value + 1))
+                yield db
+        except SQLAlchemyError as exc:
+            raise NotDurable(f"the registry's database could not be written: {exc.__cause__ or exc}", retry_after_s=2) from exc
+
+    @contextmanager
+    def _change(self, actor: str, action: str, subject: str, reason: str) -> Iterator[Connection]:
+        """A change with its audit row: each digest covers the row and the digest before it."""
+        with self._write() as db:
+            yield db
+            db.execute(update(facts).where(facts.c.name == "version").values(value=facts.c.value + 1))
+            last = db.execute(select(audit.c.digest).order_by(audit.c.id.desc()).limit(1)).scalar()
+            values = {"at_ms": wall_ms(), "actor": actor, "action": action, "subject": subject, "reason": reason}
+            digest = hashlib.sha256(json.dumps([last, values], sort_keys=True).encode()).hexdigest()
+            db.execute(insert(audit).values(**values, digest=digest))
+
+    @contextmanager
+    def _step(self, rollout_id: str, state: str, by: str, to: str, epoch: int | None) -> Iterator[tuple[Connection, RolloutRecord]]:
+        """A transition, refused unless the rollout is in `state` and, for the controller, its epoch is the newest."""
+        with self._change(by, f"rollout.{to}", rollout_id, to) as db:
+            row = db.execute(select(rollouts).where(rollouts.c.id == rollout_id)).first()
+            if row is None or row.state != state:
+                found = "unknown" if row is None else row.state
+                raise Conflict(f"rollout {rollout_id} is {found}; only one that is {state} can become {to}", field="rollout")
+            if epoch is not None and db.execute(select(leases.c.epoch).where(leases.c.name == "controller")).scalar() != epoch:
+                raise Conflict(f"rollout {rollout_id}: another controller has taken over", field="epoch")
+            record = RolloutRecord.model_validate(dict(row._mapping))
+            yield db, record
+            kind: Literal["rollout.approved", "rollout.stepped"] = "rollout.approved" if to == "promoted" else "rollout.stepped"
+            self._emit(db, RolloutEvent(**self._head(), type=kind, rollout=rollout_id, adapter=record.adapter, actor=by, detail={"to": to}))
+
+    def _move(self, db: Connection, to: Mapping[Alias, str | None], expect: Mapping[Alias, str | None], by: str, reason: str) -> None:
+        """Compare-and-swap of several aliases at once, with history and events."""
+        for name, adapter_id in to.items():
+            before = _alias(db, name)
+            if name in expect and before != expect[name]:
+                raise Conflict(f"alias {name} points at {before}, expected was {expect[name]}: somebody else was first", field=name)
+            if db.execute(update(aliases).where(aliases.c.name == name).values(adapter=adapter_id)).rowcount == 0:
+                db.execute(insert(aliases).values(name=name, adapter=adapter_id))
+            values = {"name": name, "before": before, "after": adapter_id, "actor": by, "reason": reason, "at_ms": wall_ms()}
+            db.execute(insert(alias_history).values(**values))
+            if adapter_id is not None:
+                event = AdapterEvent(**self._head(), type="adapter.aliased", adapter=adapter_id, actor=by, alias=name)
+                self._emit(db, event)
+
+    def _set_state(self, db: Connection, adapter_id: str, state: State, reason: str) -> None:
+        db.execute(update(adapters).where(adapters.c.id == adapter_id).values(state=state, reason=reason))
+
+    def _end(self, db: Connection, rollout_id: str, adapter_id: str, state: str, reason: str, by: str) -> None:
+        db.execute(update(rollouts).where(rollouts.c.id == rollout_id).values(state=state, weight=0.0, reason=reason))
+        if adapter_id not in (_alias(db, "stable"), _alias(db, "previous")):
+            self._set_state(db, adapter_id, "refused", reason)
+        detail: dict[str, JsonValue] = {"reason": reason}
+        self._emit(db, RolloutEvent(**self._head(), type="rollout.ended", rollout=rollout_id, adapter=adapter_id, actor=by, detail=detail))
+
+    def _head(self) -> dict[str, str]:
+        return {"event_id": new_id(), "tenant": self._tenant}
+
+    def _emit(self, db: Connection, event: Event) -> None:
+        db.execute(insert(outbox).values(event_id=event.event_id, value=encode(event).decode(), sent=False))
+
+
+def _alias(db: Connection, name: str) -> str | None:
+    found: str | None = db.execute(select(aliases.c.adapter).where(aliases.c.name == name)).scalar()
+    return found
