@@ -34,7 +34,7 @@ DRAIN_S = 5.0
 
 
 def create_app(stores: Stores, registry: Registry, engine: Engine, settings: GatewaySettings) -> FastAPI:
-    """The gateway over these stores. The caller opens and closes `stores` and `engine`."""
+    """The gateway over these stores. The caller closes `stores`; `engine` is closed at shutdown."""
     server = settings.server
     route = RouteWatch(registry.routing, server.route_refresh_s, server.route_max_age_s)
     doorman = Doorman(stores.api_keys, stores.subjects, tenant=settings.feedback.tenant, auth=settings.feedback.auth, page=server.page)
@@ -52,6 +52,7 @@ def create_app(stores: Stores, registry: Registry, engine: Engine, settings: Gat
             watching.cancel()
             if gateway.tasks:
                 await asyncio.wait(gateway.tasks, timeout=DRAIN_S)
+            await engine.close()  # here, because its connections belong to this event loop
 
     app = FastAPI(title="Plaudit", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.gateway = gateway

@@ -16,7 +16,7 @@ import uvicorn
 from deploy.registry import Registry
 
 from deploy.config import PolicySettings
-from deploy.engine import Scripted
+from deploy.engine import Engine, Scripted
 from deploy.routing import AdapterRef, RoutingTable
 from feedback.config import FeedbackSettings, Settings
 from feedback.errors import NotFound
@@ -29,6 +29,7 @@ from serving.config import ComparisonSettings, GatewaySettings, RecordSettings, 
 STABLE = AdapterRef(adapter="a" * 64, temperature=0.7)
 CANARY = AdapterRef(adapter="c" * 64, temperature=0.7)
 MODEL = "plaudit"
+NAMES = (STABLE.name, CANARY.name, RoutingTable(version=1, stable=STABLE, rollout="rollout-7").baseline_name or "")
 
 
 class Routes:
@@ -58,7 +59,8 @@ class World:
     """A running gateway and all it stands on."""
 
     url: str
-    engine: Scripted
+    engine: Any
+    """`Scripted`, unless the test brings another."""
     stores: Stores
     routes: Routes
     data_dir: Path
@@ -66,6 +68,20 @@ class World:
     app: Any
     http: httpx2.Client
     """Without a key; used again and again, because making one is slow."""
+    seen: int = 0
+    """Events of earlier tests, which `events` leaves out."""
+
+    def fresh(self) -> World:
+        """As if just started, for the next test."""
+        self.engine.up = True
+        self.engine._loaded.update(dict.fromkeys(NAMES, self.data_dir / "adapter"))
+        self.routes.broken = False
+        self.routes.table = RoutingTable(version=1, stable=STABLE)
+        route = self.app.state.gateway.route
+        eventually(lambda: route.fresh and route.current().version == 1)
+        eventually(lambda: not self.app.state.gateway.tasks)
+        self.seen += len(self.events())
+        return self
 
     def client(self) -> httpx2.Client:
         """A client with the world's API key."""
@@ -83,9 +99,9 @@ class World:
         return self.http.get("/v1/feedback", headers={"Authorization": f"Feedback {token}"})
 
     def events(self) -> list[Event]:
-        """Everything that is committed, in the order of commit."""
+        """Everything that this test has committed, in the order of commit."""
         records = SqliteLogs(self.data_dir / "log").read({}, 1_000_000)
-        return [record.event for record in records if record.event is not None]
+        return [record.event for record in records if record.event is not None][self.seen :]
 
     def started(self) -> list[InteractionStarted]:
         return [event for event in self.events() if isinstance(event, InteractionStarted)]
@@ -106,7 +122,7 @@ def eventually(what: Callable[[], bool], timeout_s: float = 5.0) -> None:
 def serve(
     data_dir: Path,
     *,
-    engine: Scripted | None = None,
+    engine: Engine | None = None,
     server: ServerSettings | None = None,
     record: RecordSettings | None = None,
     auth: bool = True,
@@ -121,8 +137,8 @@ def serve(
     adapter = data_dir / "adapter"
     adapter.mkdir(exist_ok=True)
     (adapter / "adapter_config.json").write_text("{}")
-    names = [STABLE.name, CANARY.name, RoutingTable(version=1, stable=STABLE, rollout="rollout-7").baseline_name or ""]
-    engine._loaded.update(dict.fromkeys(names, adapter))  # loading is a coroutine of the gateway's loop, which does not run yet
+    if isinstance(engine, Scripted):
+        engine._loaded.update(dict.fromkeys(NAMES, adapter))  # `load` is for the gateway's loop, which does not run yet
     routes = Routes()
     settings = GatewaySettings(
         server=server or ServerSettings(route_refresh_s=0.02, route_max_age_s=0.3),

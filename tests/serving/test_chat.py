@@ -21,10 +21,15 @@ from feedback.events import Event, FinishedText, StartedText
 from serving.config import RecordSettings, ServerSettings
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with serve(tmp_path_factory.mktemp("world")) as world:
+        yield world
+
+
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    with serve(tmp_path) as running:
-        yield running
+def world(running: World) -> World:
+    return running.fresh()
 
 
 def openai_client(world: World) -> openai.OpenAI:

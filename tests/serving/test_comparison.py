@@ -23,10 +23,15 @@ from serving.comparison import lockstep, seats
 TABLE = RoutingTable(version=1, stable=STABLE, canary=CANARY, rollout="rollout-7", weight=0.3, salt="s")
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with serve(tmp_path_factory.mktemp("world")) as world:
+        yield world
+
+
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    with serve(tmp_path) as running:
-        yield running
+def world(running: World) -> World:
+    return running.fresh()
 
 
 class Script:

@@ -17,17 +17,15 @@ from feedback.events import FeedbackGiven, FeedbackText, SubjectErased, new_id
 from feedback.tokens import Claims
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    with serve(tmp_path) as running:
-        yield running
-
-
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """For tests that leave nothing behind."""
-    with serve(tmp_path_factory.mktemp("calm")) as running:
-        yield running
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with serve(tmp_path_factory.mktemp("world")) as world:
+        yield world
+
+
+@pytest.fixture
+def world(running: World) -> World:
+    return running.fresh()
 
 
 def token_of(reply: httpx2.Response) -> str:
@@ -136,13 +134,13 @@ def test_rating_while_the_answer_streams(tmp_path: Path) -> None:
         ([], None, "list"),
     ],
 )
-def test_what_is_refused_names_field_and_value(calm: World, body: object, field: str | None, said: str) -> None:
-    token = token_of(calm.chat("hi"))
-    reply = calm.feedback(token, body)
+def test_what_is_refused_names_field_and_value(world: World, body: object, field: str | None, said: str) -> None:
+    token = token_of(world.chat("hi"))
+    reply = world.feedback(token, body)
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (400, field)
     assert said in error["message"] or field is None
-    assert given(calm) == []
+    assert given(world) == []
 
 
 def test_an_answer_is_not_chosen_and_a_comparison_not_rated(world: World) -> None:
@@ -178,7 +176,7 @@ def test_expired_and_foreign_tenant(world: World) -> None:
 
 
 def test_an_erased_answer_is_gone(world: World) -> None:
-    token = token_of(world.chat("hi", user="ann"))
+    token = token_of(world.chat("hi", user="leaver"))
     world.feedback(token, {"kind": "rating", "value": "up"})
     subject = world.started()[0].subject
     world.stores.subjects.erase(subject)
