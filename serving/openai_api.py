@@ -159,7 +159,7 @@ def refusal(exc: ValidationError) -> InvalidInput:
     if first["type"] == "json_invalid":
         return InvalidInput(f"The body is not JSON: {first['msg']}.")
     # Union branches appear in `loc` as names of types; a client knows only its own fields and indices.
-    path = [str(part) for part in first["loc"] if not (isinstance(part, str) and any(c in part for c in "[](")) and part != "str"]
+    path = [str(part) for part in first["loc"] if part != "str" and "[" not in str(part)]
     field = ".".join(path) or None
     if first["type"] == "extra_forbidden":
         return InvalidInput(f"{field}: this field is not supported.", field=field)

@@ -44,7 +44,7 @@ HI = [{"role": "user", "content": "hi"}]
         ({"model": MODEL, "messages": "hi"}, "messages", "hi"),
         ({"model": MODEL, "messages": [{"role": "wizard", "content": "hi"}]}, "messages.0.role", "wizard"),
         ({"model": MODEL, "messages": [{"role": "user"}]}, "messages.0", "content is missing"),
-        ({"model": MODEL, "messages": [{"role": "user", "content": 5}]}, None, "5"),
+        ({"model": MODEL, "messages": [{"role": "user", "content": 5}]}, "messages.0.content", "5"),
         ({"model": MODEL, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, None, ""),
         ({"model": MODEL, "messages": HI, "frobnicate": 1}, "frobnicate", "not supported"),
         ({"model": MODEL, "messages": HI, "n": 5}, "n", "4"),
