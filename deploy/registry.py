@@ -17,68 +17,18 @@ from pydantic import JsonValue
 from sqlalchemy import Connection, Engine, func, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from deploy.manifest import Manifest, read_manifest, vllm_name
+from deploy.manifest import read_manifest, vllm_name
+from deploy.records import AdapterRecord, Alias, Attestation, RolloutRecord, State
 from deploy.routing import AdapterRef, RoutingTable
 from deploy.tables import adapters, alias_history, aliases, attestations, audit, facts, holdings, leases, metadata, outbox, rollouts
 from feedback.clock import wall_ms
 from feedback.database import create_tables
 from feedback.errors import Conflict, InvalidInput, NotDurable, NotFound
-from feedback.events import AdapterEvent, Event, Model, RolloutEvent, decode, encode, new_id
+from feedback.events import AdapterEvent, Event, RolloutEvent, decode, encode, new_id
 
-Alias = Literal["stable", "canary", "previous"]
-ALIASES: tuple[Alias, ...] = ("stable", "canary", "previous")
-State = Literal["candidate", "refused", "canary", "stable", "retired"]
 ACTIVE = ("gates", "canary", "awaiting")
 HOLDING_AGE_MS = 10_000
 """A replica that has been silent for longer counts as gone."""
-
-
-class AdapterRecord(Model):
-    """A registered adapter."""
-
-    id: str
-    path: Path
-    kind: str
-    temperature: float
-    state: State
-    registered_by: str
-    registered_ms: int
-    reason: str
-    """Why it is in this state."""
-
-    @property
-    def manifest(self) -> Manifest:
-        return read_manifest(self.path)
-
-
-class Attestation(Model):
-    """Something found out about an adapter after it was made."""
-
-    id: str
-    adapter: str
-    kind: str
-    body: dict[str, JsonValue]
-    actor: str
-    at_ms: int
-
-
-class RolloutRecord(Model):
-    """One adapter's way from candidate to stable, or to its end."""
-
-    id: str
-    adapter: str
-    stable: str
-    """What it is compared with: stable when it began."""
-    number: int
-    """The i-th rollout ever; the win test's threshold grows with it."""
-    state: str
-    weight: float
-    salt: str
-    started_ms: int
-    canary_ms: int | None
-    reason: str
-    verdicts: list[dict[str, JsonValue]]
-    approved_by: str | None
 
 
 class Registry:
@@ -313,7 +263,7 @@ class Registry:
                 return 1
             if row.holder != holder and row.expires_ms > now:
                 return None
-            epoch = int(row.epoch) + (row.holder != holder)
+            epoch: int = row.epoch + (row.holder != holder)
             db.execute(update(leases).where(leases.c.name == name).values(holder=holder, epoch=epoch, expires_ms=expires))
             return epoch
 

@@ -1,0 +1,62 @@
+"""What the registry hands out: adapters, what was found out about them, and their rollouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import JsonValue
+
+from deploy.manifest import Manifest, read_manifest
+from feedback.events import Model
+
+Alias = Literal["stable", "canary", "previous"]
+State = Literal["candidate", "refused", "canary", "stable", "retired"]
+
+
+class AdapterRecord(Model):
+    """A registered adapter."""
+
+    id: str
+    path: Path
+    kind: str
+    temperature: float
+    state: State
+    registered_by: str
+    registered_ms: int
+    reason: str
+    """Why it is in this state."""
+
+    @property
+    def manifest(self) -> Manifest:
+        return read_manifest(self.path)
+
+
+class Attestation(Model):
+    """Something found out about an adapter after it was made."""
+
+    id: str
+    adapter: str
+    kind: str
+    body: dict[str, JsonValue]
+    actor: str
+    at_ms: int
+
+
+class RolloutRecord(Model):
+    """One adapter's way from candidate to stable, or to its end."""
+
+    id: str
+    adapter: str
+    stable: str
+    """What it is compared with: stable when it began."""
+    number: int
+    """The i-th rollout ever; the win test's threshold grows with it."""
+    state: str
+    weight: float
+    salt: str
+    started_ms: int
+    canary_ms: int | None
+    reason: str
+    verdicts: list[dict[str, JsonValue]]
+    approved_by: str | None
