@@ -11,13 +11,13 @@ import re
 from collections.abc import AsyncIterator
 from importlib import resources
 
-from deploy.registry import Registry
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 
 from deploy.engine import Engine
+from deploy.registry import Registry
 from feedback.errors import NotDurable
 from feedback.stores import Stores
 from serving import errors
