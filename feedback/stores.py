@@ -15,14 +15,15 @@ from cryptography.fernet import Fernet
 from sqlalchemy import Engine
 
 from feedback.archive import Archive
-from feedback.clock import HybridClock
+from feedback.clock import HybridClock, wall_ms
 from feedback.config import Settings
 from feedback.database import open_database
 from feedback.errors import ConfigError
 from feedback.events import Event
+from feedback.kafka_log import KafkaLog
 from feedback.keys import ApiKeys
 from feedback.relay import Relay
-from feedback.sqlite_log import SqliteLog, SqliteLogs
+from feedback.sqlite_log import SqliteLog, SqliteLogs, prune
 from feedback.subjects import Subjects
 from feedback.tokens import Tokens
 
@@ -43,6 +44,7 @@ class Stores:
     tokens: Tokens
     api_keys: ApiKeys
     relay: Relay | None
+    kafka: KafkaLog | None
     _claim: int
 
     async def record_feedback(self, events: Sequence[Event]) -> tuple[list[Event], Literal["local", "broker"]]:
@@ -54,9 +56,27 @@ class Stores:
         await self.relay.delivered(stored, self.settings.feedback.ack_timeout_s)
         return stored, "broker"
 
+    def ingest(self) -> int:
+        """Bring the archive up to date from this machine's partitions and, where it is set, from Kafka; how many events were new."""
+        new = self.archive.ingest(self.logs)
+        return new + (self.archive.ingest(self.kafka) if self.kafka is not None else 0)
+
+    def expire(self, now_ms: int | None = None) -> int:
+        """Delete interactions that nobody rated within `feedback.unrated_expiry_days`, here and in this process's partition, whose rows
+        are in the archive by then. How many interactions. Once an hour is enough."""
+        now_ms = wall_ms() if now_ms is None else now_ms
+        days = self.settings.feedback.unrated_expiry_days
+        self.ingest()
+        expired = self.archive.expire(now_ms, days)
+        archived = self.archive.positions().get(self.log.partition, 0)
+        prune(self.log.path, archived, now_ms - days * 24 * 3600 * 1000, only_sent=self.relay is not None)
+        return expired
+
     def close(self) -> None:
         if self.relay is not None:
             self.relay.close()
+        if self.kafka is not None:
+            self.kafka.close()
         self.log.close()
         self.archive.close()
         self.engine.dispose()
@@ -93,6 +113,7 @@ def open_stores(settings: Settings, process: str = "gateway") -> Stores:
         tokens=Tokens(token_keys),
         api_keys=ApiKeys(engine),
         relay=Relay([path], settings.kafka) if settings.kafka.bootstrap else None,
+        kafka=KafkaLog(settings.kafka, clock) if settings.kafka.bootstrap else None,
         _claim=claim,
     )
 

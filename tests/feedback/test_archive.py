@@ -155,6 +155,20 @@ def test_unrated_interactions_expire_and_rated_ones_stay(tmp_path: Path) -> None
     stores.close()
 
 
+def test_expiry_reaches_the_partition_too(tmp_path: Path) -> None:
+    stores = stores_in(tmp_path)
+    last = stores.log.append_sync(
+        [*answered(stores, "plain", "anna", "x"), *answered(stores, "rated", "anna", "y"), rating("rated", "anna", "up")]
+    )[-1]
+    day, ms = 24 * 3600 * 1000, last.stamp >> 16
+    assert stores.expire(ms + 29 * day) == 0 and len(stores.logs.read({}, 10)) == 5
+    assert stores.expire(ms + 31 * day) == 1
+    assert stores.logs.read({}, 10) == []  # the rated one lives on in the archive
+    assert stores.archive.interaction("rated") is not None and stores.archive.interaction("plain") is None
+    assert len(stores.log.append_sync([rating("rated", "anna", "down")])) == 1 and stores.ingest() == 1
+    stores.close()
+
+
 def test_the_clearing_stays_as_a_tombstone() -> None:
     old, cleared = rating("i", "r", "up", stamp=1), clearing("i", "r", stamp=2)
     assert isinstance(fold([cleared, old])["i", "r", "rating"], FeedbackCleared)
