@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 from feedback_world import answered, clearing, rating, stores_in
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feedback.archive import Archive
@@ -42,6 +42,7 @@ def said(draw: st.DrawFn) -> list[Said]:
     return events
 
 
+@settings(deadline=None)
 @given(said(), st.randoms(use_true_random=False))
 def test_the_fold_depends_neither_on_order_nor_on_repetition(events: list[Said], random: Random) -> None:
     shuffled = events + events[: len(events) // 2]
@@ -49,6 +50,7 @@ def test_the_fold_depends_neither_on_order_nor_on_repetition(events: list[Said],
     assert fold(shuffled) == fold(events)
 
 
+@settings(deadline=None)
 @given(said())
 def test_the_fold_keeps_the_greatest_stamp_and_then_id(events: list[Said]) -> None:
     for cell, last in fold(events).items():
@@ -56,6 +58,7 @@ def test_the_fold_keeps_the_greatest_stamp_and_then_id(events: list[Said]) -> No
         assert last == sorted(rivals, key=lambda event: (event.stamp, event.event_id))[-1]
 
 
+@settings(deadline=None, max_examples=30)
 @given(events=said(), random=st.randoms(use_true_random=False))
 def test_the_archive_holds_what_the_fold_says_in_whatever_order_events_come(
     events: list[Said], random: Random, tmp_path_factory: pytest.TempPathFactory

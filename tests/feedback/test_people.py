@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography.fernet import Fernet
 from feedback_world import stores_in
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feedback.clock import wall_ms
@@ -40,6 +40,7 @@ def test_an_expired_token_is_gone() -> None:
         Tokens([KEY], now=lambda: 100.0).check(TOKEN)
 
 
+@settings(deadline=None)
 @given(st.integers(0, len(TOKEN) - 1), st.characters())
 def test_no_changed_character_is_accepted(where: int, char: str) -> None:
     changed = TOKEN[:where] + char + TOKEN[where + 1 :]
@@ -48,6 +49,7 @@ def test_no_changed_character_is_accepted(where: int, char: str) -> None:
             TOKENS.check(changed)
 
 
+@settings(deadline=None)
 @given(st.integers(0, len(TOKEN)), st.sampled_from("!\n \x00=é"))
 def test_no_inserted_character_is_accepted(where: int, char: str) -> None:
     with pytest.raises(NotAuthenticated):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from feedback_world import clearing, rating, stores_in
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feedback.clock import COUNTER_BITS, HybridClock
@@ -137,6 +137,7 @@ def test_pruning_keeps_what_is_young_or_unread_or_unsent(tmp_path: Path) -> None
     assert [event.target for event in left if event is not None and event.type == "feedback.given"] == ["young"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2**41), st.integers(0, 2**40)), min_size=1, max_size=50))
 def test_stamps_always_increase_and_pass_what_was_seen(steps: list[tuple[int, int]]) -> None:
     now = [0]
