@@ -34,7 +34,7 @@ class FeatureMap:
     mean_D: Tensor
     scale_D: Tensor
     directions_DK: Tensor
-    """Directions and, divided in, the sd along them: projections have unit variance."""
+    """Principal directions of differences within prompts."""
     centres_K: Tensor
     products_mean: Tensor
     products_scale: Tensor
@@ -55,11 +55,12 @@ class FeatureMap:
         # The sign of a singular vector is arbitrary; fix it, so that the same data gives the same bytes.
         top = rows[:count]
         top = top * top.gather(1, top.abs().argmax(1, keepdim=True)).sign()
-        directions = (top / (values[:count, None] / len(standard) ** 0.5).clamp(min=1e-6)).T
+        # Not whitened: products of strong directions stay larger, as in a polynomial kernel, and so cost the prior less.
+        directions = top.T
         centres = ((features - mean) / scale @ directions).mean(0)
         half = cls(kind, mean, scale, directions, centres, empty, empty)
         products = half._products((features - mean) / scale)
-        spread = _within(products, prompts_N).square().mean(0).sqrt().clamp(min=1e-6)
+        spread = _within(products, prompts_N).square().mean().sqrt().clamp(min=1e-6)
         return cls(kind, mean, scale, directions, centres, products.mean(0), spread)
 
     def _products(self, standard_BD: Tensor) -> Tensor:

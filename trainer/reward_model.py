@@ -123,12 +123,12 @@ def precisions(problem: Problem, ridge: float) -> Tensor:
     )
 
 
-def minimise(problem: Problem, ridge: float, start: Tensor | None = None) -> Tensor:
-    """The posterior's mode, flat. Raises TrainingRefused where it is not finite."""
+def minimise(problem: Problem, ridge: float, start: Tensor | None = None, tolerance: float = 1e-3) -> Tensor:
+    """The posterior's mode, flat, to a gradient of `tolerance` nats for each prior's sd. Raises TrainingRefused where it is not finite."""
     # In units of the prior's sd the problem is well conditioned and LBFGS needs tens of steps.
     scale = precisions(problem, ridge).rsqrt()
     unit = (torch.zeros_like(scale) if start is None else start / scale).clone().requires_grad_(True)
-    optimiser = torch.optim.LBFGS([unit], max_iter=500, tolerance_grad=1e-5, tolerance_change=1e-10, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS([unit], max_iter=500, tolerance_grad=tolerance, tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()
@@ -280,7 +280,7 @@ def fit(labels: Labels, settings: RewardModelSettings) -> RewardModel:
     at_edge = len(of_kind) > 1 and best.ridge in (of_kind[0], of_kind[-1])
     feature_map = FeatureMap.fit(best.map, labels.features_ND, labels.prompts_N)
     problem = build_problem(feature_map, labels, prompt_features(labels), settings.max_rater_share)
-    found = minimise(problem, best.ridge)
+    found = minimise(problem, best.ridge, tolerance=1e-6)
     features = problem.sizes[0]
 
     def objective(flat: Tensor) -> Tensor:

@@ -1,0 +1,209 @@
+"""What a reward model learns from noisy ratings of answers whose utility is known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rating_world import RATERS, rated_world
+
+from feedback.errors import TrainingRefused
+from feedback.snapshot import Row
+from trainer.config import RewardModelSettings
+from trainer.cycle import split_raters
+from trainer.feature_map import FeatureMap
+from trainer.held_out import clustered_mean, held_out, tastes
+from trainer.labels import Labels, check
+from trainer.reward_model import RewardModel, compare, fit, folds_of
+from trainer.score import Normaliser, Scorer
+
+QUICK = RewardModelSettings(ridges=(0.3, 3.0), folds=3, grid_extensions=2)
+LINEAR = RewardModelSettings(maps=("linear",), ridges=(0.3, 3.0), folds=3, grid_extensions=2)
+
+
+def test_it_orders_answers_by_their_hidden_utility() -> None:
+    world = rated_world(1)
+    model = fit(world.labels, QUICK)
+    # 0.5 is chance; 400 ratings of a linear preference in 24 dimensions.
+    assert world.agreement(model.score(world.labels.features_ND)[0]) > 0.88
+
+
+def test_an_optimum_in_the_middle_needs_the_quadratic_map_and_gets_it() -> None:
+    world = rated_world(2, quadratic=True)
+    features = world.labels.features_ND
+    model = fit(world.labels, QUICK)
+    assert model.about["map"] == "quadratic"
+    linear = fit(world.labels, LINEAR)
+    assert world.agreement(model.score(features)[0]) > world.agreement(linear.score(features)[0]) + 0.1
+
+
+def test_shuffled_labels_teach_nothing() -> None:
+    world = rated_world(3)
+    model = fit(world.labels.shuffled(0), LINEAR)
+    assert abs(world.agreement(model.score(world.labels.features_ND)[0]) - 0.5) < 0.15
+    accuracy = held_out(world.labels.shuffled(0), LINEAR, "linear", 1.0)["prompts"]
+    assert accuracy is not None and accuracy.low < 0.5
+
+
+def test_flipped_choices_and_thumbs_flip_the_score() -> None:
+    labels = rated_world(4).labels
+    flipped = replace(
+        labels,
+        choices=replace(labels.choices, first=labels.choices.second, second=labels.choices.first),
+        thumbs=replace(labels.thumbs, outcomes=1 - labels.thumbs.outcomes),
+    )
+    right, wrong = (fit(some, LINEAR).score(labels.features_ND)[0] for some in (labels, flipped))
+    assert torch.corrcoef(torch.stack([right, wrong]))[0, 1] < -0.5
+
+
+def test_the_same_labels_give_the_same_bytes_and_survive_a_file(tmp_path: Path) -> None:
+    labels = rated_world(5).labels
+    labels.save(tmp_path / "labels.safetensors")
+    again = Labels.load(tmp_path / "labels.safetensors")
+    assert again.digest == labels.digest
+    model, same = fit(labels, QUICK), fit(again, QUICK)
+    assert model.id == same.id
+    model.save(tmp_path / "model.safetensors")
+    loaded = RewardModel.load(tmp_path / "model.safetensors")
+    assert loaded.id == model.id
+    assert torch.equal(loaded.score(labels.features_ND)[0], model.score(labels.features_ND)[0])
+    with pytest.raises(TrainingRefused, match="no file"):
+        RewardModel.load(tmp_path / "nothing")
+
+
+def test_more_ratings_leave_less_doubt() -> None:
+    few, many = (rated_world(6, choices=n, thumbs=n).labels for n in (40, 400))
+    fixed = RewardModelSettings(maps=("linear",), ridges=(1.0, 1.0), folds=2, grid_extensions=0)
+    doubts = [float(fit(labels, fixed).score(labels.features_ND)[1].mean()) for labels in (few, many)]
+    assert doubts[1] < 0.7 * doubts[0]
+
+
+def test_the_grid_grows_until_its_edge_is_not_the_best() -> None:
+    labels = rated_world(7).labels
+    trials = compare(labels, RewardModelSettings(maps=("linear",), ridges=(1e-5, 1e-4), folds=3, grid_extensions=8))
+    best = min(trials, key=lambda t: t.nll)
+    assert trials[0].ridge < best.ridge < trials[-1].ridge
+
+
+def test_folds_are_balanced_and_drawn_by_the_seed() -> None:
+    assert torch.bincount(folds_of(10, 5, 0)).tolist() == [2] * 5
+    assert folds_of(10, 5, 0).tolist() == folds_of(10, 5, 0).tolist() != folds_of(10, 5, 1).tolist()
+    assert torch.bincount(folds_of(3, 5, 0)).tolist() == [1] * 3
+
+
+def test_held_out_accuracy_of_prompts_raters_and_length() -> None:
+    found = held_out(rated_world(8).labels, LINEAR, "linear", 1.0)
+    prompts, raters, length = found["prompts"], found["raters"], found["length"]
+    assert prompts is not None and raters is not None and length is not None
+    assert prompts.low > 0.5 and raters.low > 0.5
+    assert raters.clusters <= RATERS
+    assert 0.5 < length.value < prompts.value
+
+
+def test_clustered_interval_by_hand() -> None:
+    # Clusters (1, 1), (0, 0): mean 1/2; residual sums 1 and -1; variance 2/1·2/4² = 1/4, so sd 1/2.
+    mean, low, high = clustered_mean(torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([5, 5, 9, 9]))
+    assert (mean, high - mean, mean - low) == pytest.approx((0.5, 0.9799820, 0.9799820))
+    assert clustered_mean(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))[1] == -math.inf
+
+
+def test_tastes_name_what_cohorts_prefer() -> None:
+    found = {(taste.cohort, taste.what): taste for taste in tastes(rated_world(9).labels)}
+    longer = found["everybody", "longer answers"]
+    assert longer.low > 0 and "prefers longer answers" in longer.words
+    assert found["even", "longer answers"].raters == RATERS // 2
+
+
+def test_each_prompt_gets_its_own_zero_and_the_base_its_unit() -> None:
+    labels = rated_world(10).labels
+    model = fit(labels, LINEAR)
+    prompts = [(int(p),) for p in labels.prompts_N]
+    scorer = Scorer(model, Normaliser.fit(model, prompts, labels.features_ND), clip=4.0)
+    scores = scorer.score(prompts, labels.features_ND)
+    assert scores.mean().item() == pytest.approx(0.0, abs=0.02)
+    spread = torch.stack([scores[labels.prompts_N == p].var() for p in range(3)]).mean().sqrt().item()
+    assert 0.5 < spread < 1.5
+    # A shift of all answers to a prompt, zero included, changes nothing.
+    moved = labels.features_ND + 7.0
+    shifted = Scorer(model, Normaliser.fit(model, prompts, moved), clip=4.0).score(prompts, moved)
+    assert torch.allclose(scores, shifted, atol=1e-4)
+    assert scorer.score(prompts[:1], 1000 * labels.features_ND[:1]).abs().item() == 4.0
+    with pytest.raises(TrainingRefused, match="1 prompts have no base answers"):
+        scorer.score([(99,)], labels.features_ND[:1])
+    with pytest.raises(TrainingRefused, match="at least 2"):
+        Normaliser.fit(model, [(0,)], labels.features_ND[:1])
+
+
+def test_a_score_does_not_depend_on_its_batch() -> None:
+    labels = rated_world(11).labels
+    feature_map = FeatureMap.fit("quadratic", labels.features_ND, labels.prompts_N)
+    whole = feature_map(labels.features_ND)
+    assert torch.allclose(torch.cat([feature_map(row[None]) for row in labels.features_ND[:5]]), whole[:5], atol=1e-12)
+
+
+def test_other_raters_make_the_second_model() -> None:
+    labels = rated_world(12).labels
+    main, watch = split_raters(labels, 0.25, 8, 150, seed=0)
+    assert watch is not None
+    assert not set(main.choices.raters.tolist()) & set(watch.choices.raters.tolist())
+    assert len(set(watch.thumbs.raters.tolist())) == 3  # a quarter of 12
+    assert main.count + watch.count == labels.count
+    assert split_raters(labels, 0.25, RATERS + 1, 150, seed=0)[1] is None
+    assert split_raters(labels, 0.25, 8, labels.count + 1, seed=0)[1] is None
+
+
+def row(**changes: Any) -> Row:
+    plain = {
+        "event_id": "e",
+        "kind": "thumb",
+        "rater": "r0",
+        "subject": "s",
+        "cohorts": (),
+        "source": "person",
+        "prompt": [{"role": "user", "content": "how?"}],
+        "answer_a": "so",
+        "answer_b": None,
+        "finish_a": "stop",
+        "finish_b": None,
+        "outcome": "up",
+        "side": None,
+        "adapter_a": "",
+        "adapter_b": None,
+        "stamp": 0,
+    }
+    return Row.model_validate(plain | changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "0 ratings, 0 of them can train"),
+        ([row(answer_a=" ")], "1 ratings, 0 of them can train"),
+        ([row(), row(rater="r1")], "one-sided, all say the same \\(2 up\\)"),
+        ([row(), row(outcome="down")], "all ratings are one rater's"),
+    ],
+)
+def test_what_teaches_nothing_is_refused(rows: list[Row], message: str) -> None:
+    with pytest.raises(TrainingRefused, match=message):
+        check(rows, allow_single_rater=False)
+
+
+def test_doubtful_ratings_are_named() -> None:
+    rows = [row(), row(outcome="down"), row(answer_a="")]
+    warnings = check(rows, allow_single_rater=True)
+    assert warnings == [
+        "1 of 3 ratings dropped: an answer is empty",
+        "all ratings are one rater's: this adapter serves that rater only",
+        "1 of 1 judgements are contradicted by the same rater",
+    ]
+
+
+def test_no_ratings_no_model() -> None:
+    labels = rated_world(13).labels
+    none = labels.select(torch.zeros(len(labels.choices), dtype=torch.bool), torch.zeros(len(labels.thumbs), dtype=torch.bool))
+    with pytest.raises(TrainingRefused, match="0 ratings"):
+        fit(none, QUICK)
