@@ -29,8 +29,8 @@ class Engine(Protocol):
     async def ready(self) -> bool:
         """Whether it would answer now. Never raises."""
 
-    async def models(self) -> set[str]:
-        """The names of the adapters that are loaded."""
+    async def models(self) -> dict[str, Path]:
+        """The names of the adapters that are loaded, each with the folder that it was loaded from."""
 
     async def load(self, name: str, path: Path) -> None:
         """Load an adapter's folder under a name. A name that is loaded already stays as it is."""
@@ -63,10 +63,10 @@ class VLLM:
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
 
-    async def models(self) -> set[str]:
+    async def models(self) -> dict[str, Path]:
         async with self._request("GET", "/v1/models") as reply:
             listed = await self._json(reply)
-        return {str(model["id"]) for model in listed["data"] if model.get("parent")}
+        return {str(model["id"]): Path(model["root"]) for model in listed["data"] if model.get("parent")}
 
     async def load(self, name: str, path: Path) -> None:
         # Never load_inplace: vLLM then reads the files again at every step.
@@ -183,15 +183,15 @@ class Scripted:
     async def ready(self) -> bool:
         return self.up
 
-    async def models(self) -> set[str]:
+    async def models(self) -> dict[str, Path]:
         self._check_up()
-        return set(self._loaded)
+        return dict(self._loaded)
 
     async def load(self, name: str, path: Path) -> None:
         self._check_up()
         if not (path / "adapter_config.json").is_file():
             raise EngineRefused(f"the model server refused with 404: no adapter at {path}")
-        self._loaded.setdefault(name, path)
+        self._loaded.setdefault(name, path.resolve())
 
     async def unload(self, name: str) -> None:
         self._check_up()
