@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deploy.gates import Evaluation
 from deploy.manifest import ManifestFields, base_digests, write_adapter
 from feedback.errors import TrainingRefused
 from feedback.snapshot import Snapshot
@@ -282,7 +283,9 @@ class _Cycle:
         )
         body["facts"], details["facts"] = self._facts(candidate) if job.facts else (None, None)
         body["kl_budget_nats"] = read_json(self.folder / "ppo.json")["kl_target_nats"]
+        body["held_out_accuracy"] = read_json(self.folder / "reward.json")["accuracy"]["prompts"]
         body["shuffled"] = settings.cycle.shuffle_labels
+        Evaluation.model_validate(body)  # what the gates could not read must fail here, not there
         write_json(self.folder / "details.json", details)
         write_json(self.folder / "evaluation.json", body)
 
