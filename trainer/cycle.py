@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deploy.gates import Evaluation
-from deploy.manifest import ManifestFields, base_digests, write_adapter
+from deploy.manifest import CONFIG, ManifestFields, base_digests, write_adapter
 from feedback.errors import TrainingRefused
 from feedback.snapshot import Snapshot
 from feedback.snapshot import load as load_snapshot
@@ -139,6 +139,14 @@ def _load_replies(path: Path) -> tuple[list[Reply], Tensor]:
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["replies"])
     return [Reply(tuple(prompt), tuple(tokens), finished) for prompt, tokens, finished in about], load_file(path)["features"]
+
+
+def _canonical_config(path: Path) -> None:
+    """PEFT writes a set in any order and where the base lay on this disk; the adapter's id must depend on neither."""
+    config = read_json(path)
+    config["target_modules"] = sorted(config["target_modules"])
+    config["base_model_name_or_path"] = None
+    write_json(path, config)
 
 
 class _Cycle:
@@ -262,6 +270,7 @@ class _Cycle:
             ),
         )
         self.policy.save(self.folder / "policy")
+        _canonical_config(self.folder / "policy" / CONFIG)
         steps = [asdict(step) for step in result.steps]
         # A run that was killed between a line and its checkpoint left that line twice; now each step stands once.
         temporary = live.with_suffix(".tmp")

@@ -7,6 +7,7 @@ gates judge, and the details that only the report shows.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -123,11 +124,12 @@ def kl_by_position(policy: Policy, replies: Sequence[Reply], temperature: float)
     return pad(gaps), pad(masks)
 
 
-def _gain(scores_N: Tensor, other_N: Tensor, samples: int) -> dict[str, float]:
+def _gain(scores_N: Tensor, other_N: Tensor, samples: int) -> dict[str, float | None]:
     """Mean over prompts of the difference of mean scores, with the prompt as the unit."""
     gains_P = (scores_N - other_N).reshape(-1, samples).mean(1)
     mean, low, high = clustered_mean(gains_P, torch.arange(len(gains_P)))
-    return {"mean": mean, "low": low, "high": high, "n": len(gains_P)}
+    bounded = math.isfinite(low)
+    return {"mean": mean, "low": low if bounded else None, "high": high if bounded else None, "n": len(gains_P)}
 
 
 @dataclass(frozen=True)

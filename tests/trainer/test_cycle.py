@@ -1,0 +1,134 @@
+"""One whole cycle on a tiny policy: its files, its evidence, its control, and what a kill in the middle costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cycle_world import SETTINGS, make_job
+
+from deploy.gates import Evaluation
+from deploy.manifest import read_manifest, verify
+from feedback.config import FeedbackSettings, Settings
+from feedback.errors import InvalidInput, TrainingRefused
+from feedback.stores import open_stores
+from trainer.config import CycleSettings
+from trainer.cycle import CycleResult, run_cycle
+from trainer.labels import Labels
+from trainer.policy import Policy
+from trainer.schedule import Job, ratings_now, should_train, trained
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("world")
+    return make_job(folder), folder
+
+
+@pytest.fixture(scope="module")
+def result(world: tuple[Job, Path]) -> CycleResult:
+    return run_cycle(world[0], SETTINGS, world[1])
+
+
+def test_a_cycle_leaves_an_adapter_with_its_evidence(world: tuple[Job, Path], result: CycleResult) -> None:
+    job, folder = world
+    assert verify(result.adapter) == result.adapter_id == result.adapter.name
+    manifest = read_manifest(result.adapter)
+    assert manifest.snapshot == job.snapshot.name and manifest.temperature == 1.0 and manifest.kind == "trained"
+    assert manifest.peft["base_model_name_or_path"] is None
+    found = Evaluation.model_validate(result.evaluation)
+    assert found.reward_gain_base.n == 4 and found.facts is not None and found.facts.n == 3
+    assert found.kl_budget_nats == 5.0 and not found.shuffled
+    assert found.probes[0].keys() == {"prompt", "base", "candidate", "stable"}
+    reward = json.loads((result.folder / "reward.json").read_text())
+    assert reward["choices"] == reward["thumbs"] == 90 and reward["simulated_raters"] == reward["raters"] == 10
+    assert reward["second"] and reward["accuracy"]["prompts"]["n"] == 90
+    assert manifest.reward_model == reward["id"]
+    steps = [json.loads(line)["step"] for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(len(steps))) and len(steps) > 1
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_the_adapter_that_was_judged_is_the_one_that_loads(world: tuple[Job, Path], result: CycleResult) -> None:
+    policy = Policy.load(world[0].policy, adapter=result.adapter)
+    replies = policy.sample([policy.encode([{"role": "user", "content": " hello"}])] * 4, max_tokens=12, temperature=1.0, seed=0)
+    new, _ = policy.logprobs(replies, 1.0)
+    base, _ = policy.logprobs(replies, 1.0, reference=True)
+    assert not torch.allclose(new, base, atol=1e-4)  # it learned something
+
+
+def test_a_finished_cycle_is_found_again(world: tuple[Job, Path], result: CycleResult) -> None:
+    before = {path: path.stat().st_mtime_ns for path in result.folder.iterdir() if path.name != "job.json"}
+    again = run_cycle(world[0], SETTINGS, world[1])
+    assert again.adapter_id == result.adapter_id and again.evaluation == result.evaluation
+    assert {path: path.stat().st_mtime_ns for path in result.folder.iterdir() if path.name != "job.json"} == before
+
+
+def test_the_control_is_another_cycle_and_says_so(world: tuple[Job, Path], result: CycleResult) -> None:
+    control = replace(SETTINGS, cycle=CycleSettings(evaluation_samples=2, shuffle_labels=True))
+    shuffled = run_cycle(world[0], control, world[1])
+    assert shuffled.folder != result.folder
+    assert Evaluation.model_validate(shuffled.evaluation).shuffled
+    own, other = (Labels.load(folder / "labels.safetensors") for folder in (result.folder, shuffled.folder))
+    assert sorted(own.thumbs.outcomes.tolist()) == sorted(other.thumbs.outcomes.tolist())
+    assert own.thumbs.outcomes.tolist() != other.thumbs.outcomes.tolist()
+
+
+def test_bad_jobs_are_refused(world: tuple[Job, Path], tmp_path: Path) -> None:
+    job, _ = world
+    with pytest.raises(TrainingRefused, match=r"none of 6 fits into 1 tokens"):
+        run_cycle(replace(job, max_model_len=13), SETTINGS, tmp_path)
+    with pytest.raises(InvalidInput, match=r"policy\.base"):
+        run_cycle(replace(job, policy=tmp_path), SETTINGS, tmp_path / "other")
+
+
+def test_training_is_due_when_enough_was_said(world: tuple[Job, Path]) -> None:
+    _, folder = world
+    stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=folder)))
+    stores.archive.ingest(stores.logs)
+    now = ratings_now(stores.archive)
+    assert now == 180
+    assert should_train(stores.archive, CycleSettings(min_new_ratings=180), folder)
+    assert not should_train(stores.archive, CycleSettings(min_new_ratings=181), folder)
+    trained(now, folder)
+    assert not should_train(stores.archive, CycleSettings(min_new_ratings=1), folder)
+    stores.close()
+
+
+def start_trainer(folder: Path) -> subprocess.Popen[str]:
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here.parent.parent}:{here}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(here / "cycle_world.py"), str(folder)], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_killed_trainer_goes_on_at_its_step_and_makes_the_same_adapter(
+    world: tuple[Job, Path], result: CycleResult, tmp_path: Path
+) -> None:
+    make_job(tmp_path)
+    trainer = start_trainer(tmp_path)
+    deadline = time.monotonic() + 120
+    while not (lines := [line for path in tmp_path.glob("cycles/*/metrics.jsonl") for line in path.read_text().splitlines()][1:]):
+        assert trainer.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    trainer.send_signal(signal.SIGKILL)
+    assert trainer.wait() == -signal.SIGKILL
+    (folder,) = (tmp_path / "cycles").iterdir()
+    assert not (folder / "ppo.json").exists(), f"killed too late, after {len(lines)} lines"
+    done = json.loads(json.dumps(torch.load(folder / "ppo.pt", weights_only=False)["steps"][-1]["step"]))
+    heard: list[float] = []
+    resumed = run_cycle(make_job(tmp_path), SETTINGS, tmp_path, progress=lambda what, share: heard.append(share) if what == "PPO" else None)
+    # The first step it reports is the one after the last that was stored, of 6.
+    assert heard[0] == pytest.approx((done + 1) / 6)
+    verify(resumed.adapter)
+    weights = "adapter_model.safetensors"
+    assert read_manifest(resumed.adapter).files[weights] == read_manifest(result.adapter).files[weights]
