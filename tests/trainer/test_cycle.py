@@ -104,10 +104,10 @@ def test_training_is_due_when_enough_was_said(world: tuple[Job, Path]) -> None:
     stores.close()
 
 
-def start_trainer(folder: Path) -> subprocess.Popen[str]:
+def start_trainer(folder: Path) -> subprocess.Popen[bytes]:
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{here.parent.parent}:{here}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(here / "cycle_world.py"), str(folder)], env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, str(here / "cycle_world.py"), str(folder)], env=environment, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.slow

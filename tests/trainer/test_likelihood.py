@@ -90,7 +90,7 @@ def test_a_flipped_sign_is_noticed() -> None:
 
     def slope(outcome: int) -> float:
         scores = doubles(0.0).requires_grad_(True)
-        negative_log_likelihood(choice_logprobs(scores, doubles(0.0), doubles(0.0)), torch.tensor([outcome])).backward()
+        negative_log_likelihood(choice_logprobs(scores, doubles(0.0), doubles(0.0)), torch.tensor([outcome])).backward()  # type: ignore[no-untyped-call]
         assert scores.grad is not None
         return scores.grad.item()
 
@@ -105,7 +105,7 @@ def test_a_flipped_sign_is_noticed() -> None:
 def test_an_impossible_outcome_leaves_gradients_finite() -> None:
     scores = doubles(0.5, 0.5).requires_grad_(True)
     rows = choice_logprobs(scores, doubles(0.0, 0.0), doubles(0.0, 0.0), rejectable_N=torch.tensor([False, True]))
-    negative_log_likelihood(rows, torch.tensor([A, BOTH_BAD])).backward()
+    negative_log_likelihood(rows, torch.tensor([A, BOTH_BAD])).backward()  # type: ignore[no-untyped-call]
     assert scores.grad is not None and bool(torch.isfinite(scores.grad).all())
 
 
