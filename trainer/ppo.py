@@ -24,8 +24,11 @@ from trainer.budget import Result, Run, Step
 from trainer.config import PPOSettings
 from trainer.critic import Critic
 from trainer.losses import explained_variance, importance_weights, k1, masked_whiten, policy_loss, value_loss
-from trainer.policy import Policy, Reply
+from trainer.policy import Policy, Reply, by_length
 from trainer.rollouts import LocalRollouts, Rollouts
+
+WARMUP_REPLIES = 64
+"""Replies that the critic starts from: more would cost a big policy half a minute."""
 
 Score = Callable[[list[Reply], Tensor], Tensor]
 """(replies, features_BD) -> scores_B. A reward model reads the features, a known preference decodes the replies."""
@@ -95,9 +98,13 @@ def train(
 
         # --- reference, reward and values -----------------------------------------------------------------------------
         reference_BT, mask_BT, features_BD = policy.reference_pass(replies, temperature)
-        old_BT, _, states_BTD, _ = policy.passes(replies, temperature)
+        # The old log-probabilities go through the model in the first epoch's groups: its first ratio is then exactly 1.
+        first_epoch = _minibatches(torch.arange(len(replies)), replies, settings)
+        old_BT, _, states_BTD, _ = policy.passes(replies, temperature, [micro for minibatch in first_epoch for micro in minibatch])
         finished_B = torch.tensor([float(reply.finished) for reply in replies])
         scores_B = score(replies, features_BD).float() - settings.unfinished_penalty * (1 - finished_B)
+        if not torch.isfinite(scores_B).all():
+            raise TrainingRefused(f"PPO: a score is not finite in step {step}; the last checkpoint is kept", field="score")
         stop_score = float(options.stop_score(replies, features_BD).mean()) if options.stop_score else None
         kl_B = (k1(old_BT, reference_BT) * mask_BT).sum(1)
         scored = time.perf_counter()
@@ -113,6 +120,8 @@ def train(
             score_s=scored - generated,
         )
         if run.judge(measured, policy):
+            if options.on_step:
+                options.on_step(measured)
             break
 
         # --- advantages -----------------------------------------------------------------------------------------------
@@ -127,11 +136,12 @@ def train(
 
         # --- epochs of clipped updates --------------------------------------------------------------------------------
         logged: list[dict[str, float]] = []
-        for _ in range(settings.epochs):
-            for minibatch in torch.randperm(len(replies), generator=generator).split(settings.minibatch):  # type: ignore[no-untyped-call]
-                tokens = mask_BT[minibatch].sum()
-                for micro in minibatch.split(settings.microbatch):
-                    some = [replies[int(i)] for i in micro]
+        for epoch in range(settings.epochs):
+            order = torch.randperm(len(replies), generator=generator)
+            for minibatch in first_epoch if epoch == 0 else _minibatches(order, replies, settings):
+                tokens = mask_BT[[i for micro in minibatch for i in micro]].sum()
+                for micro in minibatch:
+                    some = [replies[i] for i in micro]
                     states, mask, _ = policy.hidden(some)
                     width = mask.shape[1]
                     logprobs = policy.token_logprobs(states, mask, some, temperature)
@@ -142,7 +152,7 @@ def train(
                     if not torch.isfinite(loss):
                         raise TrainingRefused(f"PPO: the loss is {loss.item()} in step {step}; the last checkpoint is kept", field="loss")
                     loss.backward()  # type: ignore[no-untyped-call]
-                    logged.append({name: float(value) for name, value in pi._asdict().items()} | {"value_loss": float(v)})
+                    logged.append({name: float(value.detach()) for name, value in pi._asdict().items()} | {"value_loss": float(v.detach())})
                 torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
                 optimiser.step()
                 optimiser.zero_grad()
@@ -164,8 +174,14 @@ def train(
     return run.result(policy)
 
 
+def _minibatches(order: Tensor, replies: Sequence[Reply], settings: PPOSettings) -> list[list[list[int]]]:
+    """Minibatches in this order, each cut into groups of similar length whose activations exist at once."""
+    parts = [order[start : start + settings.minibatch].tolist() for start in range(0, len(order), settings.minibatch)]
+    return [[[part[i] for i in group] for group in by_length([replies[i] for i in part], settings.microbatch)] for part in parts]
+
+
 def _warm_up(critic: Critic, policy: Policy, warmup: Warmup, temperature: float) -> None:
     """Start the critic where the reference's score is expected, at every token of its replies."""
-    _, mask_BT, states_BTD, _ = policy.passes(warmup.replies, temperature)
-    returns_BT = warmup.scores_B.float()[:, None].expand_as(mask_BT)
+    _, mask_BT, states_BTD, _ = policy.passes(warmup.replies[:WARMUP_REPLIES], temperature)
+    returns_BT = warmup.scores_B[:WARMUP_REPLIES].float()[:, None].expand_as(mask_BT)
     critic.fit(states_BTD[mask_BT.bool()], returns_BT[mask_BT.bool()])
