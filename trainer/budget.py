@@ -80,6 +80,7 @@ class Run:
         """Whether to end here. Keeps the adapter that was just measured, if it is within the budget."""
         if measured.kl_nats > self.settings.hard_stop * self.target:
             self.reason = f"KL {measured.kl_nats:.1f} > {self.settings.hard_stop:g} x {self.target:.1f} nats in step {measured.step}"
+            self.steps.append(measured)
             return True
         state = policy.state()
         self.good = (measured.step, state)
@@ -89,6 +90,7 @@ class Run:
             elif measured.step - self.best_stop[1] >= self.settings.patience:
                 self.good = self.best_stop[1:]
                 self.reason = f"other raters' reward model has not risen since step {self.best_stop[1]}"
+                self.steps.append(measured)
                 return True
         if measured.step == self.settings.iterations:
             self.steps.append(measured)

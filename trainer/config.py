@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -69,8 +70,8 @@ class PPOSettings(Section):
     """Training ends before the KL exceeds the target by this factor."""
     patience: int = Field(default=4, ge=1)
     """Iterations without a better score by the other raters' reward model before it stops training."""
-    unfinished_penalty: float = Field(default=0.5, ge=0)
-    """Taken from the score of a reply that was cut off."""
+    unfinished_penalty: float = Field(default=0.0, ge=0)
+    """Taken from the score of a reply that was cut off; 0 leaves that to what people said (any other value also moves the shuffled control)."""
     importance_cap: float = Field(default=2.0, ge=1)
     """Cap of the importance weights where another engine sampled."""
 
@@ -84,6 +85,12 @@ class CycleSettings(Section):
     """Rollouts answer at most so many of the prompts that people asked, drawn by the seed; each costs `base_samples` answers first."""
     evaluation_samples: int = Field(default=4, ge=2, le=64)
     """Answers of base, stable and candidate to each held-out prompt."""
+    held_out: Path | None = None
+    """Prompts for evaluation that nobody rates, one a line."""
+    probes: Path | None = None
+    """The operator's own questions, shown side by side in every report, one a line."""
+    facts: Path | None = None
+    """Facts that must not get worse: JSON lines with prompt, answer, distractors and entity."""
     facts_margin_points: float = Field(default=2.0, gt=0)
     """Accuracy on facts may fall by so many points at most."""
     niceness: int = Field(default=10, ge=0, le=19)

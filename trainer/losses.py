@@ -6,7 +6,7 @@ Ziegler et al. 2019 (KL as a reward, masks).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,3 +94,44 @@ def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -
 def importance_weights(old_logprobs_BT: Tensor, behaviour_BT: Tensor, cap: float) -> Tensor:
     """min(pi_old / pi_behaviour, cap) of each token: corrects for rollouts sampled by another engine."""
     return (old_logprobs_BT - behaviour_BT).exp().clamp(max=cap)
+
+
+LOGITS_ROWS = 256
+"""Rows of logits that exist at once: rows x vocabulary x 4 bytes, 50 MB for 49,152 words."""
+
+
+class _ChosenLogprobs(torch.autograd.Function):
+    """log softmax(h·W / T)[target] with d/dh = (W[target] - softmax·W) / T, worked out while the logits are there.
+
+    Backwards is then one product with N x D numbers: no logits are kept, and none are computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
+        chosen_N = states_ND.new_empty(len(targets_N))
+        slope_ND = torch.empty_like(states_ND) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets_N), LOGITS_ROWS):
+            rows = slice(start, start + LOGITS_ROWS)
+            logits_NV = (states_ND[rows] @ weight_VD.T).div_(temperature)
+            total_N = logits_NV.logsumexp(1)
+            chosen_N[rows] = logits_NV.gather(1, targets_N[rows, None])[:, 0] - total_N
+            if slope_ND is not None:
+                probabilities_NV = logits_NV.sub_(total_N[:, None]).exp_()
+                slope_ND[rows] = (weight_VD[targets_N[rows]] - probabilities_NV @ weight_VD) / temperature
+        if slope_ND is not None:
+            ctx.save_for_backward(slope_ND)
+        return chosen_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (slope_ND,) = ctx.saved_tensors
+        return grad_N[:, None] * slope_ND, None, None, None
+
+
+def chosen_logprobs(states_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
+    """Log-probability of each target under softmax(states · weightᵀ / temperature), N; the weight is frozen.
+
+    The logits of `LOGITS_ROWS` rows exist at a time, with and without gradients.
+    """
+    chosen_N: Tensor = _ChosenLogprobs.apply(states_ND, weight_VD, targets_N, temperature)  # type: ignore[no-untyped-call]
+    return chosen_N

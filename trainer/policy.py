@@ -1,11 +1,12 @@
 """The policy: a frozen backbone with one LoRA adapter. The reference is the same backbone with the adapter off.
 
-Sequences are padded on the right, so that with causal attention padding can change nothing before it, and no mask is
-needed. Everything is float32 on a CPU.
+Teacher-forced sequences are padded on the right, so that with causal attention padding can change nothing before it and
+needs no mask. What all prompts of a batch begin with (the system prompt) is computed once. Everything is float32 on a CPU.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from feedback.errors import InvalidInput, TrainingRefused
+from trainer.losses import chosen_logprobs
 
-LOGITS_ROWS = 512
-"""Rows of logits that exist at once: rows x vocabulary x 4 bytes, 100 MB for 49,152 words."""
+SHARED_PREFIX_TOKENS = 8
+"""A common beginning shorter than this is not worth a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,25 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tup
     return torch.tensor(filled), torch.tensor(marked)
 
 
+def by_length(replies: Sequence[Reply], size: int) -> list[list[int]]:
+    """Indices of the replies in groups of at most `size`, of similar length, so that little is padded."""
+    order = sorted(range(len(replies)), key=lambda i: len(replies[i].prompt) + len(replies[i].tokens))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 class Policy:
     """Samples replies and says how likely they are. Not thread-safe: the adapter is switched on and off."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        base = model.get_base_model()
-        self._trunk = base.base_model
-        self._head = base.get_output_embeddings()
-        self.hidden_size = int(base.config.hidden_size)
-        ends = base.generation_config.eos_token_id if base.generation_config is not None else tokenizer.eos_token_id
+        self._base = model.get_base_model()
+        self._trunk = self._base.base_model
+        self._head = self._base.get_output_embeddings()
+        self._adapter_off = False
+        self.hidden_size = int(self._base.config.hidden_size)
+        ends = getattr(self._base.generation_config, "eos_token_id", None)
+        ends = tokenizer.eos_token_id if ends is None else ends
         self.eos_ids = tuple(ends) if isinstance(ends, list) else (int(ends),)
         self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
@@ -57,19 +66,26 @@ class Policy:
     def load(cls, path: Path, *, rank: int = 8, alpha: int = 16, seed: int = 0, adapter: Path | None = None) -> Policy:
         """A policy folder, with a fresh adapter (B = 0, so it is the reference) or a saved one.
 
-        Raises InvalidInput where the folder is no model.
+        Raises InvalidInput where the folder is no model, or the adapter is none for it.
         """
         from peft import LoraConfig, PeftModel, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         try:
             base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as exc:
             reason = str(exc).splitlines()[0]
             raise InvalidInput(f"policy.base is {str(path)!r}, which cannot be loaded as a model: {reason}", field="policy.base") from exc
+        _check_head(base, path)
         if adapter is not None:
-            model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+            try:
+                model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+            except (OSError, ValueError, RuntimeError) as exc:
+                reason = str(exc).splitlines()[0]
+                raise InvalidInput(f"adapter {str(adapter)!r} does not fit {path.name!r}: {reason}", field="adapter") from exc
         else:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -95,17 +111,48 @@ class Policy:
                 own[name].copy_(value)
 
     def save(self, folder: Path) -> None:
-        """PEFT files that a model server loads as they are."""
-        self.model.save_pretrained(folder)
+        """PEFT files that a model server loads as they are. The same weights give the same bytes, on any machine."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = get_peft_model_state_dict(self.model)
+        save_file({name: weights[name].detach().contiguous() for name in sorted(weights)}, folder / "adapter_model.safetensors")
+        config = copy.deepcopy(self.model.peft_config["default"])
+        # A set has no order and the base's folder is this machine's: neither belongs in a file that is hashed.
+        config.target_modules = sorted(config.target_modules)
+        config.base_model_name_or_path = None
+        config.inference_mode = True
+        config.save_pretrained(folder)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the adapter is off. Peft's own context manager costs 10-30 ms an entry, these two calls do not."""
         self.model.base_model.disable_adapter_layers()
+        self._adapter_off = True
         try:
             yield
         finally:
+            self._adapter_off = False
             self.model.base_model.enable_adapter_layers()
+
+    @contextmanager
+    def _merged(self) -> Iterator[None]:
+        """Inside, the backbone's weights are W + (alpha / r)·BA and the adapter is off.
+
+        A step of one token would otherwise spend as long on the adapter's many small products as on the weights. The very
+        tensors W come back afterwards, because subtracting would leave rounding in the reference.
+        """
+        kept = [(layer, layer.weight.data) for layer in self.model.modules() if hasattr(layer, "get_delta_weight")]
+        with torch.no_grad():
+            for layer, weight in kept:
+                layer.weight.data = weight + layer.get_delta_weight("default")
+        try:
+            with self.reference():
+                yield
+        finally:
+            for layer, weight in kept:
+                layer.weight.data = weight
 
     def encode(self, messages: Sequence[dict[str, Any]], system_prompt: str | None = None) -> tuple[int, ...]:
         """Token ids of a conversation up to where the answer begins."""
@@ -129,41 +176,68 @@ class Policy:
     def sample(
         self, prompts: Sequence[tuple[int, ...]], *, max_tokens: int, temperature: float, seed: int, batch_size: int = 64
     ) -> list[Reply]:
-        """One reply for each prompt from pi at this temperature, with nothing cut off (no top-p, no top-k)."""
+        """One reply for each prompt from pi at this temperature, with nothing cut off (no top-p, no top-k); 0 is greedy."""
+        generator = torch.Generator().manual_seed(seed)
         replies: list[Reply] = []
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            for start in range(0, len(prompts), batch_size):
-                replies += self._generate(prompts[start : start + batch_size], max_tokens, temperature)
+        for start in range(0, len(prompts), batch_size):
+            some = prompts[start : start + batch_size]
+            if self._adapter_off:
+                replies += self._generate(some, max_tokens, temperature, generator)
+            else:
+                with self._merged():
+                    replies += self._generate(some, max_tokens, temperature, generator)
         return replies
 
-    def _generate(self, prompts: Sequence[tuple[int, ...]], max_tokens: int, temperature: float) -> list[Reply]:
-        ids_BP, mask_BP = pad(prompts, self.pad_id, left=True)
-        greedy = temperature == 0
-        out_BT = self.model.generate(
-            input_ids=ids_BP,
-            attention_mask=mask_BP,
-            max_new_tokens=max_tokens,
-            do_sample=not greedy,
-            **({} if greedy else {"temperature": temperature, "top_p": 1.0, "top_k": 0}),
-            pad_token_id=self.pad_id,
-            eos_token_id=list(self.eos_ids),
-        )
-        replies = []
-        for prompt, row in zip(prompts, out_BT[:, ids_BP.shape[1] :].tolist(), strict=True):
-            end = next((i for i, token in enumerate(row) if token in self.eos_ids), None)
-            tokens = row[:max_tokens] if end is None else row[: end + 1]
-            replies.append(Reply(prompt, tuple(tokens), end is not None))
-        return replies
+    def _generate(self, prompts: Sequence[tuple[int, ...]], max_tokens: int, temperature: float, generator: torch.Generator) -> list[Reply]:
+        """Prompts padded on the left; a row leaves the batch when it ends, so that short replies are cheap."""
+        from transformers import DynamicCache
+
+        ids_BS, mask_BS = pad(prompts, self.pad_id, left=True)
+        positions_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)
+        ends = torch.tensor(self.eos_ids)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        finished = [False] * len(prompts)
+        alive = torch.arange(len(prompts))
+        cache = DynamicCache(config=self._base.config)
+        for step in range(max_tokens):
+            out = self._trunk(input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions_BS, past_key_values=cache, use_cache=True)
+            logits_BV = self._head(out.last_hidden_state[:, -1])
+            if temperature == 0:
+                next_B = logits_BV.argmax(1)
+            else:
+                next_B = torch.multinomial((logits_BV / temperature).softmax(1), 1, generator=generator)[:, 0]
+            ended_B = torch.isin(next_B, ends)
+            for row, token, ended in zip(alive.tolist(), next_B.tolist(), ended_B.tolist(), strict=True):
+                tokens[row].append(token)
+                finished[row] = ended
+            if bool(ended_B.all()) or step + 1 == max_tokens:
+                break
+            positions_BS = positions_BS[:, -1:] + 1
+            if bool(ended_B.any()):
+                left = (~ended_B).nonzero()[:, 0]
+                alive, next_B, mask_BS, positions_BS = alive[left], next_B[left], mask_BS[left], positions_BS[left]
+                cache.batch_select_indices(left)
+            ids_BS = next_B[:, None]
+            mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(alive), 1)], 1)
+        return [Reply(prompt, tuple(row), done) for prompt, row, done in zip(prompts, tokens, finished, strict=True)]
 
     def hidden(self, replies: Sequence[Reply]) -> tuple[Tensor, Tensor, Tensor]:
         """One forward pass: (states_BTD that predict each reply token, mask_BT, last_BD after the last token)."""
         if any(not reply.tokens for reply in replies):
             raise TrainingRefused("a reply has 0 tokens, at least 1 is needed", field="replies")
-        ids_BS, _ = pad([(*reply.prompt, *reply.tokens) for reply in replies], self.pad_id)
-        states_BSD = self._trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
+        shared = _shared_prefix([reply.prompt for reply in replies])
+        ids_BS, _ = pad([(*reply.prompt[shared:], *reply.tokens) for reply in replies], self.pad_id)
+        if shared:
+            from transformers import DynamicCache
+
+            cache = DynamicCache(config=self._base.config)
+            self._trunk(input_ids=torch.tensor([replies[0].prompt[:shared]]), past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(replies))
+            states_BSD = self._trunk(input_ids=ids_BS, past_key_values=cache, use_cache=True).last_hidden_state
+        else:
+            states_BSD = self._trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
         lengths_B = torch.tensor([len(reply.tokens) for reply in replies])
-        first_B = torch.tensor([len(reply.prompt) - 1 for reply in replies])
+        first_B = torch.tensor([len(reply.prompt) - 1 - shared for reply in replies])
         steps_T = torch.arange(int(lengths_B.max()))
         mask_BT = (steps_T[None] < lengths_B[:, None]).float()
         index_BT = (first_B[:, None] + steps_T[None]).clamp(max=ids_BS.shape[1] - 1)
@@ -174,37 +248,27 @@ class Policy:
         """Log-probability of each reply token under softmax(logits / temperature), B x T, 0 on padding."""
         targets_BT, _ = pad([reply.tokens for reply in replies], self.pad_id)
         real_BT = mask_BT.bool()
-        states_ND, targets_N = states_BTD[real_BT], targets_BT[real_BT]
-        parts = []
-        for start in range(0, len(targets_N), LOGITS_ROWS):
-            rows = slice(start, start + LOGITS_ROWS)
-            if torch.is_grad_enabled() and len(targets_N) > LOGITS_ROWS:
-                # Recomputed backwards, so that the logits of only one chunk exist at a time.
-                parts.append(checkpoint(self._chunk, states_ND[rows], targets_N[rows], temperature, use_reentrant=False))
-            else:
-                parts.append(self._chunk(states_ND[rows], targets_N[rows], temperature))
-        out_BT: Tensor = torch.zeros_like(mask_BT).masked_scatter(real_BT, torch.cat(parts))
-        return out_BT
-
-    def _chunk(self, states_ND: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
-        logits_NV: Tensor = self._head(states_ND).float() / temperature
-        chosen_N: Tensor = torch.gather(logits_NV, 1, targets_N[:, None])[:, 0] - logits_NV.logsumexp(1)
-        return chosen_N
+        chosen_N = chosen_logprobs(states_BTD[real_BT], self._head.weight, targets_BT[real_BT], temperature)
+        return torch.zeros_like(mask_BT).masked_scatter(real_BT, chosen_N)
 
     @torch.no_grad()
-    def passes(self, replies: Sequence[Reply], temperature: float, batch_size: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(logprobs_BT, mask_BT, states_BTD, last_BD) of many replies, without gradients, a few at a time."""
+    def passes(
+        self, replies: Sequence[Reply], temperature: float, groups: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(logprobs_BT, mask_BT, states_BTD, last_BD) of many replies, without gradients, one group at a time.
+
+        `groups` are indices that go through the model together; default: 16 of similar length.
+        """
         width = max(len(reply.tokens) for reply in replies)
-        parts = []
-        for start in range(0, len(replies), batch_size):
-            some = replies[start : start + batch_size]
-            states_BTD, mask_BT, last_BD = self.hidden(some)
-            logprobs_BT = self.token_logprobs(states_BTD, mask_BT, some, temperature)
-            wider = width - mask_BT.shape[1]
-            grow = torch.nn.functional.pad
-            parts.append((grow(logprobs_BT, (0, wider)), grow(mask_BT, (0, wider)), grow(states_BTD, (0, 0, 0, wider)), last_BD))
-        logprobs, masks, states, lasts = zip(*parts, strict=True)
-        return torch.cat(logprobs), torch.cat(masks), torch.cat(states), torch.cat(lasts)
+        logprobs_BT, mask_BT = torch.zeros(len(replies), width), torch.zeros(len(replies), width)
+        states_BTD, last_BD = torch.zeros(len(replies), width, self.hidden_size), torch.zeros(len(replies), self.hidden_size)
+        for group in by_length(replies, 16) if groups is None else groups:
+            some, rows = [replies[i] for i in group], torch.tensor(group)
+            states, mask, last_BD[rows] = self.hidden(some)
+            logprobs_BT[rows, : mask.shape[1]] = self.token_logprobs(states, mask, some, temperature)
+            mask_BT[rows, : mask.shape[1]] = mask
+            states_BTD[rows, : mask.shape[1]] = states
+        return logprobs_BT, mask_BT, states_BTD, last_BD
 
     def logprobs(self, replies: Sequence[Reply], temperature: float, *, reference: bool = False) -> tuple[Tensor, Tensor]:
         """(logprobs_BT, mask_BT) without gradients."""
@@ -222,6 +286,32 @@ class Policy:
     @torch.no_grad()
     def features(self, replies: Sequence[Reply], batch_size: int = 16) -> Tensor:
         """The backbone's final state after each reply's last token, adapter off; B x D."""
+        last_BD = torch.zeros(len(replies), self.hidden_size)
         with self.reference():
-            parts = [self.hidden(replies[start : start + batch_size])[2] for start in range(0, len(replies), batch_size)]
-        return torch.cat(parts)
+            for group in by_length(replies, batch_size):
+                last_BD[torch.tensor(group)] = self.hidden([replies[i] for i in group])[2]
+        return last_BD
+
+
+def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all prompts begin with, leaving at least one of each; 0 where sharing is not worth it."""
+    if len(prompts) == 1:
+        return 0
+    same = 0
+    for column in zip(*prompts, strict=False):
+        if len(set(column)) > 1:
+            break
+        same += 1
+    same = min(same, min(map(len, prompts)) - 1)
+    return same if same >= SHARED_PREFIX_TOKENS else 0
+
+
+@torch.no_grad()
+def _check_head(base: Any, path: Path) -> None:
+    """Refuse a model whose logits are not simply its last states times its output embeddings (soft caps, scales, biases)."""
+    ids = torch.tensor([[0, 1]])
+    states = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    if not torch.allclose(base(ids, use_cache=False).logits, states @ base.get_output_embeddings().weight.T, atol=1e-3, rtol=1e-3):
+        raise InvalidInput(
+            f"policy.base is {str(path)!r}: logits that are more than states x output embeddings are not supported", field="policy.base"
+        )
