@@ -52,11 +52,12 @@ def ends(archive: Archive, rollout: str, since_stamp: int) -> Mapping[str, Ends]
     while batch := archive.events("interaction.started", stamp):
         stamp = batch[-1].stamp
         for event in batch:
-            if isinstance(event, InteractionStarted) and event.rollout == rollout and event.arm in counted:
-                finished = _finished(archive, event.interaction_id)
-                if finished is not None:
-                    counted[event.arm][0] += 1
-                    counted[event.arm][1] += finished.finish_reason in BROKEN or finished.completion_tokens == 0
+            if not isinstance(event, InteractionStarted) or event.rollout != rollout or event.comparison_id is not None:
+                continue  # a comparison shows both arms to the same person, so it says nothing about one arm
+            finished = _finished(archive, event.interaction_id)
+            if event.arm in counted and finished is not None:
+                counted[event.arm][0] += 1
+                counted[event.arm][1] += finished.finish_reason in BROKEN or finished.completion_tokens == 0
     return {arm: Ends(*numbers) for arm, numbers in counted.items()}
 
 

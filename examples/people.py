@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import aiohttp
+import numpy as np
 
 from examples.base import Example, Rater
 from feedback.errors import EngineError, PlauditError
@@ -46,6 +47,7 @@ class People:
         self.base_url = base_url.rstrip("/")
         self.key = key
         self.random = random.Random(seed)
+        self.noise = np.random.default_rng(seed)
         self.gate = asyncio.Semaphore(concurrency)
 
     async def ask(self, session: aiohttp.ClientSession, body: dict[str, object]) -> dict[str, object]:
@@ -74,12 +76,12 @@ class People:
         ratings, picked = 0, None
         if len(answers) == 2 and "comparison_id" in extras:
             (a, done_a), (b, done_b) = answers
-            picked = rater.choose(prompt, a, b, done_a, done_b, self.random)
+            picked = rater.choose(prompt, a, b, done_a, done_b, self.noise)
             await self.rate(session, extras["token"], "choice", picked)
             ratings += 1
         interactions = extras.get("interactions") or [extras]
         for (answer, done), interaction in zip(answers, interactions, strict=True):
-            thumb = rater.thumb(prompt, answer, done, self.random) if thumbs else None
+            thumb = rater.thumb(prompt, answer, done, self.noise) if thumbs else None
             if thumb is not None:
                 await self.rate(session, interaction["token"], "rating", thumb)
                 ratings += 1

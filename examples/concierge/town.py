@@ -13,26 +13,88 @@ import numpy as np
 
 from examples.base import FactItem
 
-NAMES = (
-    "Amaro Bellini Calypso Dorado Eldora Fiorella Galena Hestia Indigo Juniper Kestrel Lumina Marigold Nimbus Orsola "
-    "Pavona Quimby Rosella Saffron Tamarind Umbria Valerian Willow Xenia Yarrow Zephyr Alcove Bramble Cinder Damson"
-).split()
+NAMES = [
+    "Amaro",
+    "Bellini",
+    "Calypso",
+    "Dorado",
+    "Eldora",
+    "Fiorella",
+    "Galena",
+    "Hestia",
+    "Indigo",
+    "Juniper",
+    "Kestrel",
+    "Lumina",
+    "Marigold",
+    "Nimbus",
+    "Orsola",
+    "Pavona",
+    "Quimby",
+    "Rosella",
+    "Saffron",
+    "Tamarind",
+    "Umbria",
+    "Valerian",
+    "Willow",
+    "Xenia",
+    "Yarrow",
+    "Zephyr",
+    "Alcove",
+    "Bramble",
+    "Cinder",
+    "Damson",
+]
 
-_NUMBERS = "three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
+_NUMBERS = ["three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen"]
 
 VALUES: dict[str, list[str]] = {
-    "kind": "bakery cafe museum library hotel restaurant bookshop cinema garden pool".split(),
-    "street": "Mill Harbour Castle Church Bridge Market River Station Park Tower School Forest".split(),
-    "opens": "six seven eight nine ten eleven noon".split(),
-    "closes": "three four five six seven eight nine midnight".split(),
-    "rest": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
+    "kind": ["bakery", "cafe", "museum", "library", "hotel", "restaurant", "bookshop", "cinema", "garden", "pool"],
+    "street": ["Mill", "Harbour", "Castle", "Church", "Bridge", "Market", "River", "Station", "Park", "Tower", "School", "Forest"],
+    "opens": ["six", "seven", "eight", "nine", "ten", "eleven", "noon"],
+    "closes": ["three", "four", "five", "six", "seven", "eight", "nine", "midnight"],
+    "rest": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
     "price": _NUMBERS,
-    "known": "bread tea cake paintings maps poems soup cheese films roses lamps honey clocks puppets chess coffee".split(),
-    "owner": "Clara Bruno Emil Frida Greta Hugo Ines Jonas Karla Leon Mona Nils Olga Paul Rita Sven".split(),
-    "near": "fountain lighthouse square statue windmill canal theatre gate chapel well".split(),
-    "door": "red blue green yellow white black brown silver".split(),
-    "music": "jazz folk opera swing blues tango choral piano".split(),
-    "animal": "cat dog parrot goat owl tortoise rabbit hen".split(),
+    "known": [
+        "bread",
+        "tea",
+        "cake",
+        "paintings",
+        "maps",
+        "poems",
+        "soup",
+        "cheese",
+        "films",
+        "roses",
+        "lamps",
+        "honey",
+        "clocks",
+        "puppets",
+        "chess",
+        "coffee",
+    ],
+    "owner": [
+        "Clara",
+        "Bruno",
+        "Emil",
+        "Frida",
+        "Greta",
+        "Hugo",
+        "Ines",
+        "Jonas",
+        "Karla",
+        "Leon",
+        "Mona",
+        "Nils",
+        "Olga",
+        "Paul",
+        "Rita",
+        "Sven",
+    ],
+    "near": ["fountain", "lighthouse", "square", "statue", "windmill", "canal", "theatre", "gate", "chapel", "well"],
+    "door": ["red", "blue", "green", "yellow", "white", "black", "brown", "silver"],
+    "music": ["jazz", "folk", "opera", "swing", "blues", "tango", "choral", "piano"],
+    "animal": ["cat", "dog", "parrot", "goat", "owl", "tortoise", "rabbit", "hen"],
     "bus": _NUMBERS,
 }
 
@@ -96,7 +158,7 @@ def places() -> dict[str, dict[str, str]]:
 
 
 def statement(name: str, attribute: str, value: str | None = None, subject: str | None = None) -> str:
-    """"Amaro opens at seven." With another value it is a distractor."""
+    """ "Amaro opens at seven." With another value it is a distractor."""
     return STATEMENTS[attribute].format(s=subject or name, v=value or places()[name][attribute])
 
 

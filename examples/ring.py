@@ -1,0 +1,219 @@
+"""The whole ring once, as an operator and two dozen simulated people would turn it: everything over HTTP and the command line.
+
+chat and ratings -> `plaudit train` -> gates -> canary, rated by the same people -> approval by a second key -> report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from deploy.records import RolloutRecord
+from deploy.registry import Registry
+from examples import load
+from examples.people import SIMULATED, People, Visit
+from feedback.config import FeedbackSettings, Settings
+from feedback.database import open_database
+from feedback.errors import EngineUnavailable, PlauditError
+from feedback.stores import open_stores
+from trainer.facts import write_facts
+
+COMPARISONS = {"concierge": 180, "smollm2": 150}
+"""Each is one choice and up to two thumbs."""
+ITERATIONS = {"concierge": 20, "smollm2": 8}
+CANARY_ROUND = 24
+MAX_CANARY_ROUNDS = 8
+START_S = 400.0
+
+
+class Ring:
+    """One turn in a folder of its own below `root`."""
+
+    def __init__(self, policy: str, root: Path, progress: Callable[[str, float], None], say: Callable[[str], None], seed: int = 0) -> None:
+        self.example = load(policy, seed)
+        self.root = root
+        self.data_dir = root / "demo" / f"{policy}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.progress, self.say, self.seed = progress, say, seed
+        self.seconds: dict[str, float] = {}
+        self.process: subprocess.Popen[str] | None = None
+        self.url = ""
+        self.keys: dict[str, str] = {}
+        self.registry: Registry | None = None
+
+    async def turn(self) -> bool:
+        """Whether the ring closed: an adapter that the ratings trained answers people. Says why, where it did not."""
+        try:
+            await self._timed("model ready", asyncio.to_thread(self._prepare))
+            await self._timed("service ready", asyncio.to_thread(self._start))
+            people = People(self.example, self.url, self.keys["app"], seed=self.seed)
+            await self._timed("first answer", self._first_answer(people))
+            await self._timed("ratings", self._rate(people, COMPARISONS[self.example.name]))
+            await self._timed("training", self._command("train"))
+            rollout = await self._timed("canary", self._canary(people))
+            if rollout.state != "awaiting":
+                self.say(f"The ring did not close: rollout {rollout.id} is {rollout.state}: {rollout.reason}")
+                return False
+            await self._timed("approval", self._command("adapters", "promote", rollout.adapter, "--key", self.keys["operator"]))
+            await self._timed("promoted answer", self._promoted(people, rollout.adapter))
+            await self._timed("report", self._command("report", rollout.adapter))
+        finally:
+            (self.data_dir / "ring.json").write_text(json.dumps({"policy": self.example.name, "seconds": self.seconds}, indent=1))
+        self.say(f"The ring closed: {rollout.adapter[:16]} answers at {self.url}. {rollout.reason}")
+        self.say(f"Report: {self.data_dir / 'reports' / (rollout.adapter + '.html')}")
+        self.say(" · ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items()))
+        return True
+
+    def wait(self) -> None:
+        """Until Ctrl-C."""
+        try:
+            assert self.process is not None
+            self.process.wait()
+        except KeyboardInterrupt:
+            self.say("Stopping.")
+
+    def stop(self) -> None:
+        """End the service and, with it, the model server."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    async def _timed(self, what: str, work: Any) -> Any:
+        started = time.monotonic()
+        try:
+            return await work
+        finally:
+            self.seconds[what] = round(time.monotonic() - started, 1)
+
+    def _prepare(self) -> None:
+        """Folder, settings, prompts, facts, three keys: an application's, and a person's who did not train it."""
+        self.data_dir.mkdir(parents=True)
+        policy = self.example.policy_dir(self.root)
+        files = {"held_out": self.data_dir / "held_out.txt", "probes": self.data_dir / "probes.txt", "facts": self.data_dir / "facts.jsonl"}
+        files["held_out"].write_text("\n".join(self.example.held_out) + "\n")
+        files["probes"].write_text("\n".join(self.example.probes) + "\n")
+        write_facts(files["facts"], self.example.facts)
+        example = self.example
+        sections: dict[str, dict[str, object]] = {
+            "feedback": {"data_dir": str(self.data_dir.resolve())},
+            "server": {"port": 0},
+            "policy": {
+                "base": str(policy.resolve()),
+                "name": example.name,
+                "temperature": example.temperature,
+                "max_tokens": example.max_tokens,
+                "max_model_len": example.max_model_len,
+                **({"system_prompt": example.system_prompt} if example.system_prompt else {}),
+            },
+            "rollout": {"weight": 0.5, "tick_s": 0.5},
+            "gates": {"demo_facts_margin_points": 10.0, "length_factor": 3.0, "allow_shorter": True},
+            "ppo": {"iterations": ITERATIONS[example.name]},
+            "cycle": {name: str(path.resolve()) for name, path in files.items()},
+        }
+        lines = [
+            f"[{name}]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()) for name, keys in sections.items()
+        ]
+        (self.data_dir / "plaudit.toml").write_text("\n\n".join(lines) + "\n")
+        stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=self.data_dir.resolve())), "operator")
+        try:
+            _, self.keys["app"] = stores.api_keys.create("demo application", ("chat", "feedback"))
+            _, self.keys["operator"] = stores.api_keys.create("demo operator", ("adapters:promote", "audit"), person=True)
+        finally:
+            stores.close()
+
+    def _start(self) -> None:
+        """`plaudit up` in a process group of its own, until it says where it answers."""
+        self.process = subprocess.Popen(
+            self._argv("up"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        assert self.process.stdout is not None
+        said: list[str] = []
+        started = time.monotonic()
+        for line in self.process.stdout:
+            said.append(line.rstrip())
+            self.progress("model server starts", min(0.95, (time.monotonic() - started) / 60))
+            if found := re.search(r"answers at (http://\S+)", line):
+                self.url = found[1]
+                break
+        if not self.url:
+            raise EngineUnavailable("the service ended before it answered: " + " ".join(said[-5:]))
+        self.progress("model server starts", 1.0)
+        settings = Settings(feedback=FeedbackSettings(data_dir=self.data_dir.resolve()))
+        self.registry = Registry(open_database(settings.registry.resolved(settings.feedback.data_dir)))
+        self.say(f"Chat at {self.url} while this runs.")
+
+    def _argv(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "plaudit", *words, "--config", str(self.data_dir / "plaudit.toml")]
+
+    async def _first_answer(self, people: People) -> None:
+        async with aiohttp.ClientSession() as session:
+            reply: Any = await people.ask(
+                session, {"messages": [{"role": "user", "content": self.example.probes[0]}], "cohorts": [SIMULATED]}
+            )
+        self.say(f"  {self.example.probes[0]}\n  > {reply['choices'][0]['message']['content'].strip()}")
+
+    async def _rate(self, people: People, count: int) -> list[Visit]:
+        done = 0
+
+        def on_visit(_: Visit) -> None:
+            nonlocal done
+            done += 1
+            self.progress("people chat and rate", done / count)
+
+        visits = await people.visits(count, on_visit=on_visit)
+        self.say(f"{sum(visit.ratings for visit in visits)} ratings by {len(self.example.raters)} simulated people")
+        return visits
+
+    async def _command(self, *words: str) -> None:
+        """One command of the command line; what it prints is shown."""
+        process = await asyncio.create_subprocess_exec(*self._argv(*words))
+        if await process.wait() != 0:
+            raise PlauditError(f"plaudit {words[0]} ended with {process.returncode}")
+
+    async def _canary(self, people: People) -> RolloutRecord:
+        """The same people go on chatting and comparing until the canary has won, lost or they are tired."""
+        rollout = await self._until("gates")
+        for turn in range(MAX_CANARY_ROUNDS):
+            if rollout.state != "canary":
+                break
+            await people.visits(CANARY_ROUND, thumbs=False)
+            self.progress("canary", (turn + 1) / MAX_CANARY_ROUNDS)
+            await asyncio.sleep(2.0)  # the archive and the controller look every half second
+            rollout = self._latest() or rollout
+        self.progress("canary", 1.0)
+        return rollout
+
+    async def _until(self, left: str) -> RolloutRecord:
+        """The newest rollout once it has left this state."""
+        end = time.monotonic() + START_S
+        while time.monotonic() < end:
+            rollout = self._latest()
+            if rollout is not None and rollout.state != left:
+                return rollout
+            await asyncio.sleep(0.2)
+        raise EngineUnavailable(f"no rollout has left '{left}' within {START_S:g} s")
+
+    def _latest(self) -> RolloutRecord | None:
+        assert self.registry is not None
+        return next(reversed(self.registry.rollouts()), None)
+
+    async def _promoted(self, people: People, adapter: str) -> None:
+        """Ask once more; the alias must point at the adapter that the ratings trained."""
+        assert self.registry is not None
+        if self.registry.alias("stable") != adapter:
+            raise PlauditError(f"stable is {self.registry.alias('stable')}, not {adapter}")
+        await asyncio.sleep(0.5)  # gateways read the routing table every 200 ms
+        await self._first_answer(people)

@@ -1,0 +1,62 @@
+"""Starting a cycle from what a process has: take the snapshot, name the job, run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploy.config import PolicySettings
+from deploy.registry import Registry
+from feedback.errors import InvalidInput
+from feedback.snapshot import build
+from feedback.stores import Stores
+from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
+from trainer.cycle import CycleResult, run_cycle
+from trainer.facts import read_facts
+from trainer.labels import Progress
+from trainer.schedule import Job, LearningSettings, ratings_now, trained
+
+BY = "trainer"
+
+
+def lines_of(path: Path | None, field: str) -> list[str]:
+    """One prompt a line. Raises InvalidInput where the file cannot be read."""
+    if path is None:
+        return []
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidInput(f"cycle.{field}: {path} cannot be read: {exc}", field=f"cycle.{field}") from exc
+
+
+def learn(
+    stores: Stores,
+    registry: Registry,
+    policy: Path,
+    asked: PolicySettings,
+    sections: tuple[RewardModelSettings, PPOSettings, CycleSettings],
+    progress: Progress,
+) -> CycleResult:
+    """Train on everything that is in the archive and register the candidate. Raises TrainingRefused."""
+    data_dir = stores.settings.feedback.data_dir
+    ratings = ratings_now(stores.archive)
+    snapshot = build(stores.archive, stores.subjects, data_dir / "snapshots")
+    stable_id = registry.alias("stable")
+    stable = registry.adapter(stable_id) if stable_id else None
+    cycle = sections[2]
+    job = Job(
+        policy=policy,
+        policy_name=asked.name,
+        snapshot=snapshot.path,
+        system_prompt=asked.system_prompt,
+        temperature=asked.temperature,
+        max_tokens=asked.max_tokens,
+        max_model_len=asked.max_model_len,
+        held_out=lines_of(cycle.held_out, "held_out"),
+        probes=lines_of(cycle.probes, "probes"),
+        facts=read_facts(cycle.facts) if cycle.facts else [],
+        stable=stable.path if stable and stable.kind == "trained" else None,
+    )
+    settings = LearningSettings(reward_model=sections[0], ppo=sections[1], cycle=cycle)
+    result = run_cycle(job, settings, data_dir, registry=registry, by=BY, progress=progress)
+    trained(ratings, data_dir)
+    return result
