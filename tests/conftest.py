@@ -1,0 +1,74 @@
+"""What several rooms' tests stand on: a folder that looks like a model, adapters for it, and one real vLLM for the whole run."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from deploy.config import EngineSettings
+from deploy.manifest import CONFIG, WEIGHTS, ManifestFields, base_digests, identity_adapter, write_adapter
+from deploy.replica import VllmServer
+
+ROOT = Path(__file__).resolve().parent.parent
+CONCIERGE = ROOT / "examples" / "concierge" / "policy"
+
+
+@pytest.fixture
+def tiny_policy(tmp_path: Path) -> Path:
+    """A folder that is a model as far as its files tell: two layers, hidden size 8. No server could run it."""
+    policy = tmp_path / "tiny"
+    policy.mkdir()
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    (policy / "config.json").write_text(json.dumps(shape))
+    (policy / "tokenizer.json").write_text("{}")
+    save_file({"model.embed_tokens.weight": np.zeros((4, 8), np.float32)}, policy / "model.safetensors")
+    return policy
+
+
+@pytest.fixture(scope="session")
+def make_adapter() -> Callable[[Path, Path, int], tuple[str, Path]]:
+    """(policy, store, seed) -> (id, folder). Seed 0 is the adapter that changes nothing, others change the policy at random."""
+
+    def make(policy: Path, store: Path, seed: int) -> tuple[str, Path]:
+        fields = ManifestFields(kind="identity", base_model="test", base=base_digests(policy), temperature=1.0)
+        adapter_id, path = identity_adapter(policy, store, fields)
+        if seed == 0:
+            return adapter_id, path
+        draw = np.random.default_rng(seed)
+        source = store / f".source-{seed}"
+        source.mkdir()
+        change = {
+            name: (0.5 * draw.standard_normal(tensor.shape)).astype(np.float32) if "lora_B" in name else tensor
+            for name, tensor in sorted(load_file(path / WEIGHTS).items())
+        }
+        save_file(change, source / WEIGHTS, metadata={"format": "pt"})
+        shutil.copyfile(path / CONFIG, source / CONFIG)
+        try:
+            return write_adapter(source, store, fields.model_copy(update={"kind": "trained", "seed": seed}))
+        finally:
+            shutil.rmtree(source)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vllm_concierge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    """One real vLLM that serves the tiny policy, for the whole run; whoever uses it leaves it running."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    if not (CONCIERGE / "config.json").is_file():
+        pytest.skip("examples/concierge/policy holds no model; make it with python -m examples.concierge.train_policy")
+    server = VllmServer(CONCIERGE, "base", EngineSettings(threads=2), tmp_path_factory.mktemp("vllm"), max_model_len=128)
+    asyncio.run(server.start())
+    try:
+        yield server
+    finally:
+        asyncio.run(server.stop())
