@@ -221,10 +221,10 @@ def report(
     """Write the report of an adapter: one self-contained HTML file."""
     from trainer.report import report_of
 
-    with opened(config_path, "report") as (settings, stores, registry):
+    with opened(config_path, "report") as (settings, _, registry):
         record = registry.adapter(adapter)
         target = out or settings.feedback.data_dir / "reports" / f"{record.id}.html"
-        report_of(record, registry, stores.archive, settings.feedback.data_dir, target)
+        report_of(record, registry, settings.feedback.data_dir, target)
         console.print(f"report: {target}")
 
 

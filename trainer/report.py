@@ -1,0 +1,90 @@
+"""What became of an adapter, as one HTML file for people: who rated, what they preferred, what changed, what did not."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from deploy.records import AdapterRecord
+from deploy.registry import Registry
+from feedback.errors import NotFound
+
+LIMITS = (
+    "Behaviour carries the preferences of whoever rated; the table above says who that was.",
+    "Learning from ratings changes behaviour, not facts; the facts below were compared, nothing else was.",
+    "A reward model does not notice over-optimisation where nobody has rated; a second round that rates these answers does.",
+)
+STEP_PLOTS = (
+    ("score", "Proxy reward", "sd of the base's answers"),
+    ("stop_score", "Other raters' reward model", "sd of the base's answers"),
+    ("kl_nats", "KL to the reference", "nats a reply"),
+    ("reply_tokens", "Length", "tokens a reply"),
+)
+
+
+def report_of(record: AdapterRecord, registry: Registry, data_dir: Path, target: Path) -> None:
+    """Write the report of a trained adapter. Raises NotFound where it was not trained here."""
+    training = registry.attestations(record.id, "training")
+    evaluation = registry.attestations(record.id, "evaluation")
+    if not training or not evaluation:
+        raise NotFound(f"adapter {record.id[:16]} ({record.kind}) has no training and no evaluation to report on", field="adapter")
+    folder = data_dir / "cycles" / str(training[-1].body["cycle"])
+    metrics = [json.loads(line) for line in _read(folder / "metrics.jsonl").splitlines()]
+    reward: Any = json.loads(_read(folder / "reward.json"))
+    details: Any = json.loads(_read(folder / "details.json"))
+    rollouts = registry.rollouts(record.id)
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("trainer"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template("report.html")
+    page = template.render(
+        adapter=record,
+        manifest=record.manifest,
+        evaluation=evaluation[-1].body,
+        reward=reward,
+        details=details,
+        rollouts=rollouts,
+        metrics=metrics,
+        plots=[plot(metrics, *spec) for spec in STEP_PLOTS if metrics and metrics[0].get(spec[0]) is not None],
+        stopped_because=training[-1].body.get("stopped_because"),
+        seconds=training[-1].body.get("seconds"),
+        simulated=reward["simulated_raters"],
+        limits=LIMITS,
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(target)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise NotFound(f"report: {path} cannot be read: {exc.strerror}") from exc
+
+
+def plot(metrics: Sequence[dict[str, Any]], name: str, title: str, unit: str) -> str:
+    """A line over PPO's steps as inline SVG, in the page's text colour, so that it reads in light and dark."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6, 2.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([row["step"] for row in metrics], [row[name] for row in metrics], marker="o", markersize=3, linewidth=1.5)
+    axes.set(title=title, xlabel="PPO step", ylabel=unit)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    recolour: Callable[[str], str] = lambda text: re.sub(r"#000000|black", "currentColor", text)  # noqa: E731
+    return recolour(svg).replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
