@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
 from trainer.feature_map import FeatureMap
 from trainer.labels import Answer, Labels
@@ -59,6 +60,19 @@ def _hits(margins_N: Tensor, outcomes_N: Tensor) -> Tensor:
     """1 where the margin a - b has the sign of the choice, 1/2 where it is zero."""
     signed_N = torch.where(outcomes_N == A, margins_N, -margins_N)
     return (signed_N > 0).double() + (signed_N == 0).double() / 2
+
+
+def choice_accuracy(labels: Labels, scores_N: Tensor) -> Accuracy:
+    """How often these scores of the answers order decided choices as people did; prompts are the clusters.
+
+    Raises TrainingRefused where nobody chose between two answers.
+    """
+    choices = labels.choices.where((labels.choices.outcomes == A) | (labels.choices.outcomes == B))
+    hits_N = _hits(scores_N[choices.first] - scores_N[choices.second], choices.outcomes)
+    found = _accuracy(hits_N, labels.prompts_N[choices.first])
+    if found is None:
+        raise TrainingRefused("accuracy: 0 choices between two answers, at least 1 is needed", field="labels")
+    return found
 
 
 def held_out(labels: Labels, settings: RewardModelSettings, kind: str, ridge: float) -> dict[str, Accuracy | None]:

@@ -262,14 +262,16 @@ def from_snapshot(
             choices.append((first, second, CHOICES[row.outcome], rater, row.source != "import"))
     messages = [json.loads(prompt) for prompt in prompts]
     replies = [policy.reply(messages[prompt], system_prompt, text, finished) for prompt, text, finished in answers]
-    starts = [policy.reply(message, system_prompt, "", False) for message in messages]
+    # Thresholds are what the prompts' features explain; choices that could not reject both have none.
+    thresholded = bool(thumbs) or any(rejectable for *_, rejectable in choices)
+    starts = [policy.reply(message, system_prompt, "", False) for message in messages] if thresholded else []
     features = features_of(policy, [*replies, *starts], progress, "features of rated answers")
     first_N, second_N, outcome_N, rater_N, rejectable_N = torch.tensor(choices, dtype=torch.long).reshape(-1, 5).T.contiguous().unbind()
     rated_N, thumb_N, by_N = torch.tensor(thumbs, dtype=torch.long).reshape(-1, 3).T.contiguous().unbind()
     return Labels(
         features_ND=features[: len(replies)],
         prompts_N=torch.tensor([prompt for prompt, _, _ in answers]),
-        prompt_features_QD=features[len(replies) :],
+        prompt_features_QD=features[len(replies) :] if thresholded else torch.zeros(len(messages), features.shape[1]),
         choices=Choices(first_N, second_N, outcome_N, rater_N, rejectable_N.bool()),
         thumbs=Thumbs(rated_N, thumb_N, by_N),
         raters=tuple(raters),

@@ -1,0 +1,103 @@
+"""What is counted in answers, and gains of candidates that are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cycle_world import HELD_OUT
+from rating_world import rated_world
+from tiny_policy import make_tiny_policy
+
+from feedback.errors import TrainingRefused
+from trainer.config import RewardModelSettings
+from trainer.evaluation import Sampling, distinct, evaluate, kl_by_position, on_topic, repetition, sample
+from trainer.labels import features_of
+from trainer.policy import Policy
+from trainer.reward_model import RewardModel, fit
+
+HOW = Sampling(system_prompt=None, temperature=1.0, max_tokens=10, samples=4, seed=5)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    torch.set_num_threads(1)
+    return Policy.load(make_tiny_policy(tmp_path_factory.mktemp("policy")))
+
+
+def moved(policy: Policy, size: float) -> Policy:
+    """The same policy with an adapter that does something."""
+    generator = torch.Generator().manual_seed(1)
+    policy.restore({name: size * torch.randn(p.shape, generator=generator) for name, p in policy.state().items() if "lora_B" in name})
+    return policy
+
+
+@pytest.fixture(scope="module")
+def model(policy: Policy) -> RewardModel:
+    """Fitted to noise about real features: its scores are arbitrary, but the arithmetic around them is not."""
+    replies = sample(policy, HELD_OUT * 6, replace(HOW, samples=8), reference=True)
+    world = rated_world(0).labels
+    features = features_of(policy, replies)
+    return fit(replace(world, features_ND=features), RewardModelSettings(maps=("linear",), ridges=(1.0, 1.0), folds=2, grid_extensions=0))
+
+
+def test_repetition_and_distinct_by_hand() -> None:
+    # Triples of "a b c a b c": abc bca cab abc: 1 of 4 was there before.
+    assert repetition("a b c a b c") == 0.25
+    assert repetition("a b") == 0.0
+    # Bigrams: ab ba ab | ab: 2 distinct of 4.
+    assert distinct(["a b a b", "a b"], 2) == 0.5
+    assert distinct([""], 2) == 0.0
+
+
+def test_on_topic_finds_what_was_asked_in_any_form() -> None:
+    assert on_topic("How do I grow tomatoes?", "Plant a tomato in the sun.")
+    assert not on_topic("How do I grow tomatoes?", "You can do it!")
+    assert on_topic("How do I?", "Anything.")  # nothing was asked about
+
+
+def test_the_same_seed_gives_the_same_answers_side_by_side(policy: Policy) -> None:
+    first, again = (sample(policy, HELD_OUT, HOW, reference=True) for _ in range(2))
+    assert first == again
+    assert [reply.prompt for reply in first[:4]] == [first[0].prompt] * 4  # those to one prompt lie together
+    assert sample(policy, HELD_OUT, replace(HOW, seed=6), reference=True) != first
+
+
+def test_kl_is_zero_without_a_change_and_positive_with_one(tmp_path: Path) -> None:
+    fresh = Policy.load(make_tiny_policy(tmp_path))
+    replies = sample(fresh, HELD_OUT, HOW, reference=False)
+    gaps, mask = kl_by_position(fresh, replies, 1.0)
+    assert gaps.abs().max() < 1e-6 and mask.sum() == sum(len(reply.tokens) for reply in replies)
+    other = moved(fresh, 0.3)
+    replies = sample(other, HELD_OUT * 5, HOW, reference=False)
+    gaps, _ = kl_by_position(other, replies, 1.0)
+    assert gaps.sum(1).mean() > 0.05
+
+
+def test_an_unchanged_candidate_gains_nothing(policy: Policy, model: RewardModel) -> None:
+    body, details = evaluate(policy, None, model, HELD_OUT, [" hello"], HOW, clip=4.0)
+    # The same seed and the same weights: the same answers.
+    assert body["reward_gain_base"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 4} == body["reward_gain_stable"]
+    assert body["kl_nats"] == pytest.approx(0.0, abs=1e-6)
+    assert body["length"]["base"] == body["length"]["candidate"]  # type: ignore[index]
+    assert details["figures"]["base"]["score"] == pytest.approx(0.0, abs=0.3)  # type: ignore[index]
+
+
+def test_a_gain_is_what_the_scores_say(tmp_path: Path, model: RewardModel) -> None:
+    candidate = moved(Policy.load(make_tiny_policy(tmp_path)), 0.5)
+    body, details = evaluate(candidate, None, model, HELD_OUT, [], HOW, clip=4.0)
+    gain, figures = body["reward_gain_base"], details["figures"]
+    assert gain["mean"] == pytest.approx(figures["candidate"]["score"] - figures["base"]["score"], abs=1e-5)  # type: ignore[index]
+    assert gain["low"] < gain["mean"] < gain["high"]  # type: ignore[index]
+    assert body["probes"] == []
+    against_itself, _ = evaluate(candidate, candidate, model, HELD_OUT, [], HOW, clip=4.0)
+    assert against_itself["reward_gain_stable"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 4}
+
+
+def test_one_prompt_gives_no_interval_and_none_is_refused(policy: Policy, model: RewardModel) -> None:
+    body, _ = evaluate(policy, None, model, HELD_OUT[:1], [], HOW, clip=4.0)
+    assert body["reward_gain_base"] == {"mean": 0.0, "low": None, "high": None, "n": 1}
+    with pytest.raises(TrainingRefused, match="0 held-out prompts"):
+        evaluate(policy, None, model, [], [], HOW, clip=4.0)
