@@ -146,7 +146,7 @@ class VllmServer:
         (self.folder / "vllm.pid").unlink(missing_ok=True)
 
     def command(self) -> list[str]:
-        """Why each flag is there stands in docs/operate.md; all of them were measured."""
+        """The command line of the server; every flag keeps a default of vLLM from hurting here."""
         settings = self.settings
         flags = {
             "model": self.policy,
