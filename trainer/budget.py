@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feedback.errors import TrainingRefused
 from trainer.config import PPOSettings
 from trainer.critic import Critic
 from trainer.policy import Policy
@@ -56,8 +57,10 @@ def kl_budget(settings: PPOSettings, reply_tokens: float) -> float:
 class Run:
     """The controller's state: beta, the best adapter so far, and why it ended."""
 
-    def __init__(self, settings: PPOSettings) -> None:
+    def __init__(self, settings: PPOSettings, identity: str = "") -> None:
         self.settings = settings
+        self.identity = settings.model_dump_json() + identity
+        """What a checkpoint must agree with: the settings and whatever else decides the run."""
         self.steps: list[Step] = []
         self.beta: float | None = None
         self.target = 0.0
@@ -111,7 +114,7 @@ class Run:
     def save(self, path: Path | None, policy: Policy, critic: Critic, optimiser: torch.optim.Optimizer) -> None:
         if path is None:
             return
-        mine = {"beta": self.beta, "target": self.target, "good": self.good, "best_stop": self.best_stop}
+        mine = {"identity": self.identity, "beta": self.beta, "target": self.target, "good": self.good, "best_stop": self.best_stop}
         state = {"adapter": policy.state(), "critic": critic.state_dict(), "optimiser": optimiser.state_dict(), **mine}
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
@@ -124,6 +127,10 @@ class Run:
         if path is None or not path.is_file():
             return False
         state: dict[str, Any] = torch.load(path, weights_only=True)
+        if state["identity"] != self.identity:
+            raise TrainingRefused(
+                f"checkpoint {path.name}: it belongs to another run (settings, seed or prompts differ); remove it", field="checkpoint"
+            )
         policy.restore(state["adapter"])
         critic.load_state_dict(state["critic"])
         optimiser.load_state_dict(state["optimiser"])

@@ -71,7 +71,7 @@ class PPOSettings(Section):
     patience: int = Field(default=4, ge=1)
     """Iterations without a better score by the other raters' reward model before it stops training."""
     unfinished_penalty: float = Field(default=0.0, ge=0)
-    """Taken from the score of a reply that was cut off; 0 leaves that to what people said (any other value also moves the shuffled control)."""
+    """Taken from the score of a reply that was cut off; more than 0 also moves the control with shuffled labels."""
     importance_cap: float = Field(default=2.0, ge=1)
     """Cap of the importance weights where another engine sampled."""
 

@@ -123,7 +123,7 @@ class _ChosenLogprobs(torch.autograd.Function):
         return chosen_N
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
         (slope_ND,) = ctx.saved_tensors
         return grad_N[:, None] * slope_ND, None, None, None
 

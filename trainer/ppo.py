@@ -81,7 +81,7 @@ def train(
         eps=1e-5,
         weight_decay=0.0,
     )
-    run = Run(settings)
+    run = Run(settings, repr((list(prompts), max_tokens, temperature, seed)))
     resumed = run.resume(options.checkpoint, policy, critic, optimiser)
     if not resumed and options.warmup is not None:
         _warm_up(critic, policy, options.warmup, temperature)

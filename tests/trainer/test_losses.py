@@ -1,4 +1,4 @@
-"""PPO's arithmetic, worked out by hand."""
+"""Losses against numbers worked out by hand; each has a test that flips a sign and sees the failure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from trainer.losses import (
+    LOGITS_ROWS,
+    chosen_logprobs,
     explained_variance,
     importance_weights,
     k1,
@@ -18,65 +21,99 @@ from trainer.losses import (
     value_loss,
 )
 
-ONES = torch.ones(1, 2)
+MASK = torch.tensor([[1.0, 1.0, 0.0]])
+OLD = torch.log(torch.tensor([[0.5, 0.25, 1.0]]))
+NEW = torch.log(torch.tensor([[0.75, 0.125, 1.0]]))
+ADVANTAGES = torch.tensor([[2.0, -1.0, 99.0]])
 
 
-def test_masked_mean_ignores_padding() -> None:
-    # (1 + 3) / 2; the 100 is padding
-    assert masked_mean(torch.tensor([[1.0, 3.0, 100.0]]), torch.tensor([[1.0, 1.0, 0.0]])).item() == 2.0
+def widen(values: Tensor, filler: float = 7.0) -> Tensor:
+    return torch.cat([values, torch.full((values.shape[0], 3), filler)], 1)
 
 
-def test_whitening_gives_mean_0_and_variance_1_over_real_tokens() -> None:
-    # values 1 and 3: mean 2, variance 1 -> -1 and 1; padding 0
-    white = masked_whiten(torch.tensor([[1.0, 3.0, 50.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
-    assert torch.allclose(white, torch.tensor([[-1.0, 1.0, 0.0]]), atol=1e-6)
+def test_masked_mean_and_whitening() -> None:
+    values = torch.tensor([[1.0, 3.0, 100.0]])
+    assert masked_mean(values, MASK).item() == 2.0
+    # mean 2, variance ((-1)^2 + 1^2) / 2 = 1
+    assert masked_whiten(values, MASK).tolist()[0] == pytest.approx([-1.0, 1.0, 0.0], abs=1e-5)
 
 
-def test_policy_loss_is_the_clipped_surrogate() -> None:
-    # token 1: rho = e^0.5 = 1.6487, A = 1: max(-1.6487, -1.2) = -1.2 (clipped)
-    # token 2: rho = e^0.1 = 1.10517, A = -2: max(2.21034, 2.21034) = 2.21034
-    result = policy_loss(torch.tensor([[0.5, 0.1]]), torch.zeros(1, 2), torch.tensor([[1.0, -2.0]]), ONES, 0.2)
-    assert result.loss.item() == pytest.approx((-1.2 + 2 * math.exp(0.1)) / 2, abs=1e-6)
-    assert result.clipfrac.item() == 0.5
-    assert result.ratio.item() == pytest.approx((math.exp(0.5) + math.exp(0.1)) / 2, abs=1e-6)
+def test_policy_loss_by_hand() -> None:
+    # ratios 1.5 and 0.5; A = 2: max(-3, -2·1.2) = -2.4 (clipped); A = -1: max(0.5, 0.8) = 0.8 (clipped); mean -0.8
+    out = policy_loss(NEW, OLD, ADVANTAGES, MASK, 0.2)
+    assert out.loss.item() == pytest.approx(-0.8, abs=1e-5)
+    assert out.clipfrac.item() == 1.0
+    assert out.ratio.item() == pytest.approx(1.0, abs=1e-5)
+    assert out.ratio_deviation.item() == pytest.approx(0.5, abs=1e-5)
+    # k3 of old against new: (r - 1 - ln r) with r = 1.5: 0.094535, r = 0.5: 0.193147; mean 0.143841
+    assert out.approx_kl.item() == pytest.approx(0.143841, abs=1e-5)
 
 
-def test_policy_loss_pushes_up_what_was_good() -> None:
-    logprobs = torch.zeros(1, 2, requires_grad=True)
-    policy_loss(logprobs, torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), ONES, 0.2).loss.backward()  # type: ignore[no-untyped-call]
+def test_policy_loss_notices_a_flipped_sign() -> None:
+    assert policy_loss(NEW, OLD, -ADVANTAGES, MASK, 0.2).loss.item() != pytest.approx(-0.8, abs=0.1)
+
+
+def test_policy_loss_raises_what_was_good() -> None:
+    logprobs = OLD.clone().requires_grad_()
+    policy_loss(logprobs, OLD, ADVANTAGES, MASK, 0.2).loss.backward()  # type: ignore[no-untyped-call]
+    # At ratio 1 the gradient is -A / tokens: descending raises a token with A > 0.
     assert logprobs.grad is not None
-    # d/dx of -A·e^x / 2 at 0 is -A / 2: a step against it raises the good token; with the sign flipped it would fall
-    assert torch.allclose(logprobs.grad, torch.tensor([[-0.5, 0.5]]))
+    assert logprobs.grad[0].tolist() == pytest.approx([-1.0, 0.5, 0.0], abs=1e-6)
 
 
-def test_importance_weights_are_capped() -> None:
-    # e^0.5 = 1.6487 stays, e^2 = 7.39 is cut to 2
-    assert torch.allclose(importance_weights(torch.tensor([0.5, 2.0]), torch.zeros(2), 2.0), torch.tensor([1.6487213, 2.0]))
+def test_importance_weights_are_a_separate_factor() -> None:
+    weights = importance_weights(OLD, OLD - torch.tensor([[math.log(4.0), math.log(0.5), 0.0]]), 2.0)
+    assert weights[0, :2].tolist() == pytest.approx([2.0, 0.5], abs=1e-5)
+    # -2.4·2 and 0.8·0.5: mean -2.2
+    assert policy_loss(NEW, OLD, ADVANTAGES, MASK, 0.2, weights).loss.item() == pytest.approx(-2.2, abs=1e-5)
 
 
-def test_kl_estimators_agree_in_sign_and_zero() -> None:
-    assert k1(torch.tensor([0.3]), torch.tensor([0.1])).item() == pytest.approx(0.2, abs=1e-6)
-    # e^-0.2 - 1 + 0.2 = 0.0187308
-    assert k3(torch.tensor([0.3]), torch.tensor([0.1])).item() == pytest.approx(0.0187308, abs=1e-6)
-    assert k3(torch.tensor([0.1]), torch.tensor([0.1])).item() == 0.0
+def test_value_loss_by_hand() -> None:
+    values, old, returns = torch.tensor([[1.0, 0.0, 9.0]]), torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+    # token 1: max((1 - 2)^2, (0.2 - 2)^2) = 3.24; token 2: 1; half of the mean: 1.06
+    assert value_loss(values, old, returns, MASK, 0.2).item() == pytest.approx(1.06, abs=1e-5)
+    assert value_loss(values, old, -returns, MASK, 0.2).item() != pytest.approx(1.06, abs=0.1)
 
 
-def test_value_loss_takes_the_worse_of_plain_and_clipped() -> None:
-    # value 1 against old 0 and return 1: plain error 0, clipped to 0.2 gives 0.64 -> half of it
-    assert value_loss(torch.ones(1, 1), torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1), 0.2).item() == pytest.approx(0.32)
+def test_kl_estimators() -> None:
+    # One token whose policy says 0.5 and reference 0.25: k1 = ln 2; k3 = 0.5 - 1 + ln 2
+    one, two = torch.log(torch.tensor([[0.5]])), torch.log(torch.tensor([[0.25]]))
+    assert k1(one, two).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert k1(two, one).item() == pytest.approx(-math.log(2), abs=1e-6)
+    assert k3(one, two).item() == pytest.approx(math.log(2) - 0.5, abs=1e-6)
+    pi, ref = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.3, 0.5])
+    exact = (pi * (pi / ref).log()).sum().item()
+    for estimator in (k1, k3):
+        assert (pi * estimator(pi.log(), ref.log())).sum().item() == pytest.approx(exact, abs=1e-5)
 
 
-def test_explained_variance_is_1_for_perfect_values_and_0_for_a_constant() -> None:
-    returns = torch.tensor([[1.0, 2.0, 3.0]])
-    assert explained_variance(returns, returns, torch.ones(1, 3)).item() == pytest.approx(1.0)
-    assert explained_variance(torch.ones(1, 3), returns, torch.ones(1, 3)).item() == pytest.approx(0.0)
+def test_explained_variance() -> None:
+    returns = torch.tensor([[1.0, 3.0, 50.0]])
+    assert explained_variance(returns, returns, MASK).item() == pytest.approx(1.0, abs=1e-6)
+    assert explained_variance(torch.zeros(1, 3), returns, MASK).item() == pytest.approx(0.0, abs=1e-6)
+    # residuals 2 and 6: variance 4 against 1
+    assert explained_variance(-returns, returns, MASK).item() == pytest.approx(-3.0, abs=1e-5)
 
 
-def test_padding_never_changes_a_loss() -> None:
+def test_padding_changes_nothing() -> None:
+    mask = widen(MASK, 0.0)
+    assert masked_whiten(widen(ADVANTAGES), mask)[:, :3].tolist() == masked_whiten(ADVANTAGES, MASK).tolist()
+    plain = policy_loss(NEW, OLD, ADVANTAGES, MASK, 0.2)
+    padded = policy_loss(widen(NEW), widen(OLD, 1.0), widen(ADVANTAGES), mask, 0.2)
+    assert [value.item() for value in padded] == [value.item() for value in plain]
+    one = value_loss(NEW, OLD, ADVANTAGES, MASK, 0.2)
+    assert value_loss(widen(NEW), widen(OLD, 1.0), widen(ADVANTAGES), mask, 0.2).item() == one.item()
+
+
+def test_chosen_logprobs_are_log_softmax_and_so_is_the_gradient() -> None:
     torch.manual_seed(0)
-    new, old, advantages = torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 4)
-    mask = torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
-    short = policy_loss(new, old, advantages, mask, 0.2).loss
-    junk = torch.where(mask.bool(), new, torch.full_like(new, 7.0))
-    longer = [torch.nn.functional.pad(item, (0, 2), value=9.0) for item in (junk, old, advantages)]
-    assert policy_loss(*longer, torch.nn.functional.pad(mask, (0, 2)), 0.2).loss.item() == pytest.approx(short.item(), abs=1e-6)
+    rows = LOGITS_ROWS + 5  # two chunks
+    states, weight = torch.randn(rows, 6, requires_grad=True), torch.randn(11, 6)
+    targets, upstream = torch.randint(0, 11, (rows,)), torch.randn(rows)
+    ours = chosen_logprobs(states, weight, targets, 0.7)
+    (ours_grad,) = torch.autograd.grad(ours @ upstream, states)
+    plain = torch.log_softmax(states @ weight.T / 0.7, 1).gather(1, targets[:, None])[:, 0]
+    (plain_grad,) = torch.autograd.grad(plain @ upstream, states)
+    assert torch.allclose(ours, plain, atol=1e-5)
+    assert torch.allclose(ours_grad, plain_grad, atol=1e-5)
+    assert not torch.allclose(ours_grad, -plain_grad, atol=1e-2)

@@ -1,0 +1,148 @@
+"""One backbone, an adapter, and what must never change: the reference, and results under padding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_world import ask, tiny_policy
+
+from feedback.errors import InvalidInput, TrainingRefused
+from trainer.policy import Policy, Reply
+
+PROMPT = (2, 10, 11, 12, 13, 14, 15, 16, 17, 18, 3)
+"""Long enough for the shared beginning to be worth a pass of its own."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture
+def policy(folder: Path) -> Policy:
+    return Policy.load(folder)
+
+
+def disturb(policy: Policy) -> None:
+    """An adapter that changes something."""
+    torch.manual_seed(1)
+    policy.restore({name: value + 0.05 * torch.randn_like(value) for name, value in policy.state().items()})
+
+
+def replies() -> list[Reply]:
+    return [
+        Reply(PROMPT, (20, 21, 4), True),
+        Reply((*PROMPT[:-1], 30, 31, 3), (40, 41, 42, 43, 44), False),
+        Reply((2, 50, 3), (22, 4), True),
+    ]
+
+
+def test_a_fresh_adapter_is_the_reference(policy: Policy) -> None:
+    new_BT, mask_BT = policy.logprobs(replies(), 0.7)
+    old_BT, _ = policy.logprobs(replies(), 0.7, reference=True)
+    assert new_BT.tolist() == old_BT.tolist()
+    assert mask_BT.sum(1).tolist() == [3, 5, 2]
+
+
+def test_logprobs_are_those_of_the_whole_model(policy: Policy) -> None:
+    disturb(policy)
+    ours_BT, _ = policy.logprobs(replies(), 0.7)
+    for reply, row in zip(replies(), ours_BT, strict=True):
+        ids = torch.tensor([[*reply.prompt, *reply.tokens]])
+        with torch.no_grad():
+            logits = policy.model(input_ids=ids).logits[0, len(reply.prompt) - 1 : -1] / 0.7
+        plain = torch.log_softmax(logits, 1).gather(1, torch.tensor(reply.tokens)[:, None])[:, 0]
+        assert torch.allclose(row[: len(reply.tokens)], plain, atol=1e-5)
+        assert row[len(reply.tokens) :].abs().sum() == 0
+
+
+def test_neither_padding_nor_company_nor_a_shared_beginning_changes_a_reply(policy: Policy) -> None:
+    disturb(policy)
+    together_BT, _ = policy.logprobs(replies(), 1.0)
+    features_BD = policy.features(replies())
+    pair_BT, _ = policy.logprobs(replies()[:2], 1.0)  # these two share ten tokens of their prompts
+    for i, reply in enumerate(replies()):
+        alone, _ = policy.logprobs([reply], 1.0)
+        n = len(reply.tokens)
+        assert torch.allclose(together_BT[i, :n], alone[0], atol=1e-5)
+        assert torch.allclose(features_BD[i], policy.features([reply])[0], atol=1e-5)
+        if i < 2:
+            assert torch.allclose(pair_BT[i, :n], alone[0], atol=1e-5)
+
+
+def test_gradients_flow_through_the_shared_beginning_and_never_into_the_backbone(policy: Policy) -> None:
+    disturb(policy)
+    grads = []
+    for group in ([replies()[0]] * 2, [replies()[0]]):
+        states, mask, _ = policy.hidden(group)
+        policy.token_logprobs(states, mask, group, 0.7).sum().backward()  # type: ignore[no-untyped-call]
+        assert all(p.grad is None for name, p in policy.model.named_parameters() if "lora_" not in name)
+        grads.append(torch.cat([p.grad.flatten() for p in policy.parameters if p.grad is not None]))
+        for parameter in policy.parameters:
+            parameter.grad = None
+    # Two equal replies through a shared beginning pull twice as hard as one alone without.
+    assert grads[0].abs().max() > 0
+    assert torch.allclose(grads[0], 2 * grads[1], atol=1e-4)
+
+
+def test_sampling_leaves_the_backbone_bit_identical_and_follows_the_adapter(policy: Policy) -> None:
+    disturb(policy)
+    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    drawn = policy.sample([PROMPT] * 40, max_tokens=6, temperature=1.0, seed=3)
+    assert all(torch.equal(value, before[name]) for name, value in policy.model.state_dict().items())
+    assert drawn == policy.sample([PROMPT] * 40, max_tokens=6, temperature=1.0, seed=3)
+    assert drawn != policy.sample([PROMPT] * 40, max_tokens=6, temperature=1.0, seed=4)
+    with policy.reference():
+        assert drawn != policy.sample([PROMPT] * 40, max_tokens=6, temperature=1.0, seed=3)
+    for reply in drawn:
+        assert reply.finished == (reply.tokens[-1] in policy.eos_ids)
+        assert reply.finished or len(reply.tokens) == 6
+        assert not any(token in policy.eos_ids for token in reply.tokens[:-1])
+
+
+def test_samples_have_the_distribution_that_logprobs_say(policy: Policy) -> None:
+    disturb(policy)
+    n = 4000
+    drawn = policy.sample([PROMPT, (2, 50, 3)] * (n // 2), max_tokens=1, temperature=0.7, seed=0, batch_size=n)
+    for prompt in (PROMPT, (2, 50, 3)):
+        first = [reply.tokens[0] for reply in drawn if reply.prompt == prompt]
+        token = max(set(first), key=first.count)
+        logprob_BT, _ = policy.logprobs([Reply(prompt, (token,), False)], 0.7)
+        p = float(logprob_BT[0, 0].exp())
+        # Four standard errors of a share.
+        assert first.count(token) / len(first) == pytest.approx(p, abs=4 * (p * (1 - p) / len(first)) ** 0.5)
+
+
+def test_greedy_takes_the_likeliest_whatever_the_company(policy: Policy) -> None:
+    together = policy.sample([PROMPT, (2, 50, 3)], max_tokens=8, temperature=0, seed=0)
+    assert together == [policy.sample([prompt], max_tokens=8, temperature=0, seed=9)[0] for prompt in (PROMPT, (2, 50, 3))]
+
+
+def test_a_saved_adapter_comes_back_and_its_files_name_no_machine(policy: Policy, folder: Path, tmp_path: Path) -> None:
+    disturb(policy)
+    policy.save(tmp_path / "one")
+    policy.save(tmp_path / "two")
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    again = Policy.load(folder, adapter=tmp_path / "one")
+    assert again.logprobs(replies(), 1.0)[0].tolist() == policy.logprobs(replies(), 1.0)[0].tolist()
+
+
+def test_text_round_trip(policy: Policy) -> None:
+    assert policy.encode(ask("w1 w2")) == (2, 6, 7, 3)
+    assert policy.reply(ask("w1"), None, "w3 w4", True) == Reply((2, 6, 3), (8, 9, 4), True)
+    assert policy.decode((8, 9, 4)) == "w3 w4"
+
+
+def test_what_is_no_model_is_refused_by_name(tmp_path: Path, policy: Policy, folder: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"policy\.base.*cannot be loaded"):
+        Policy.load(tmp_path)
+    with pytest.raises(InvalidInput, match="does not fit"):
+        Policy.load(folder, adapter=tmp_path)
+    with pytest.raises(TrainingRefused, match="0 tokens"):
+        policy.hidden([Reply(PROMPT, (), False)])
