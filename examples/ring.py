@@ -55,9 +55,9 @@ class Ring:
         """Whether the ring closed: an adapter that the ratings trained answers people. Says why, where it did not."""
         try:
             await self._timed("model ready", asyncio.to_thread(self._prepare))
-            await self._timed("service ready", asyncio.to_thread(self._start))
+            await self._timed("service ready", asyncio.to_thread(self.start))
             people = People(self.example, self.url, self.keys["app"], seed=self.seed)
-            await self._timed("first answer", self._first_answer(people))
+            await self._timed("first answer", self.first_answer(people))
             await self._timed("ratings", self._rate(people, COMPARISONS[self.example.name]))
             await self._timed("training", self._command("train"))
             rollout = await self._timed("canary", self._canary(people))
@@ -134,12 +134,13 @@ class Ring:
         finally:
             stores.close()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         """`plaudit up` in a process group of its own, until it says where it answers."""
         self.process = subprocess.Popen(
-            self._argv("up"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            self.argv("up"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
         assert self.process.stdout is not None
+        self.url = ""
         said: list[str] = []
         started = time.monotonic()
         for line in self.process.stdout:
@@ -155,10 +156,10 @@ class Ring:
         self.registry = Registry(open_database(settings.registry.resolved(settings.feedback.data_dir)))
         self.say(f"Chat at {self.url} while this runs.")
 
-    def _argv(self, *words: str) -> list[str]:
+    def argv(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "plaudit", *words, "--config", str(self.data_dir / "plaudit.toml")]
 
-    async def _first_answer(self, people: People) -> None:
+    async def first_answer(self, people: People) -> None:
         async with aiohttp.ClientSession() as session:
             reply: Any = await people.ask(
                 session, {"messages": [{"role": "user", "content": self.example.probes[0]}], "cohorts": [SIMULATED]}
@@ -179,7 +180,7 @@ class Ring:
 
     async def _command(self, *words: str) -> None:
         """One command of the command line; what it prints is shown."""
-        process = await asyncio.create_subprocess_exec(*self._argv(*words))
+        process = await asyncio.create_subprocess_exec(*self.argv(*words))
         if await process.wait() != 0:
             raise PlauditError(f"plaudit {words[0]} ended with {process.returncode}")
 
@@ -216,4 +217,4 @@ class Ring:
         if self.registry.alias("stable") != adapter:
             raise PlauditError(f"stable is {self.registry.alias('stable')}, not {adapter}")
         await asyncio.sleep(0.5)  # gateways read the routing table every 200 ms
-        await self._first_answer(people)
+        await self.first_answer(people)
