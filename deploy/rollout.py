@@ -7,7 +7,8 @@
         ▼                        ▼ win any more, it is late     ▼                              ▼ again, in one transaction
       stopped ◀──────────────────┴──────────────────────────────┘                           retired
 
-Only a verdict `pass` advances; `inconclusive` waits and `error` waits, and both say what is missing. Every step is one
+Only a verdict `pass` advances. At the gates everything else ends the rollout and says what is missing: a candidate does not
+change, the next one may do better. A canary that is inconclusive waits for more people. Every step is one
 transaction in the registry before anything acts on it, so a controller that is killed anywhere leaves no more weight
 than the last durable decision.
 """
