@@ -31,7 +31,7 @@ from trainer.facts import write_facts
 
 COMPARISONS = {"concierge": 180, "smollm2": 150}
 """Each is one choice and up to two thumbs."""
-ITERATIONS = {"concierge": 20, "smollm2": 8}
+PPO: dict[str, dict[str, object]] = {"concierge": {"iterations": 20, "learning_rate": 1e-3}, "smollm2": {"iterations": 8}}
 CANARY_ROUND = 24
 MAX_CANARY_ROUNDS = 8
 START_S = 400.0
@@ -120,7 +120,7 @@ class Ring:
             },
             "rollout": {"weight": 0.5, "tick_s": 0.5},
             "gates": {"demo_facts_margin_points": 10.0, "length_factor": 3.0, "allow_shorter": True},
-            "ppo": {"iterations": ITERATIONS[example.name]},
+            "ppo": PPO[example.name],
             "cycle": {name: str(path.resolve()) for name, path in files.items()},
         }
         lines = [

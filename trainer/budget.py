@@ -87,18 +87,33 @@ class Run:
             return True
         state = policy.state()
         self.good = (measured.step, state)
-        if measured.stop_score is not None:
-            if self.best_stop is None or measured.stop_score > self.best_stop[0]:
-                self.best_stop = (measured.stop_score, measured.step, state)
-            elif measured.step - self.best_stop[1] >= self.settings.patience:
-                self.good = self.best_stop[1:]
-                self.reason = f"other raters' reward model has not risen since step {self.best_stop[1]}"
-                self.steps.append(measured)
-                return True
+        if measured.stop_score is not None and self._fallen(measured, state):
+            self.steps.append(measured)
+            return True
         if measured.step == self.settings.iterations:
             self.steps.append(measured)
             return True
         return False
+
+    def _fallen(self, measured: Step, state: dict[str, Tensor]) -> bool:
+        """Whether the other raters' reward model has fallen from its best by more than its noise, both as means of `patience` steps.
+
+        Scores have unit sd, so the difference of two means of k·n replies has a standard error of sqrt(2 / (k·n)).
+        """
+        scores = [step.stop_score for step in (*self.steps, measured) if step.stop_score is not None]
+        k = self.settings.patience
+        if len(scores) < k:
+            return False
+        mean = sum(scores[-k:]) / k
+        if self.best_stop is None or mean > self.best_stop[0]:
+            self.best_stop = (mean, measured.step, state)
+            return False
+        noise = 2 * (2 / (k * self.settings.rollouts)) ** 0.5
+        if mean > self.best_stop[0] - noise:
+            return False
+        self.good = self.best_stop[1:]
+        self.reason = f"other raters' reward model fell from {self.best_stop[0]:.2f} in step {self.best_stop[1]} to {mean:.2f}"
+        return True
 
     def finish(self, done: Step) -> None:
         """beta x= 1 + 0.2·clip(KL / target - 1, -1, 1)."""

@@ -68,8 +68,8 @@ class PPOSettings(Section):
     """Of the controller, summed over a reply; unset: min(10, 0.1 x base's mean reply tokens)."""
     hard_stop: float = Field(default=1.5, ge=1)
     """Training ends before the KL exceeds the target by this factor."""
-    patience: int = Field(default=4, ge=1)
-    """Iterations without a better score by the other raters' reward model before it stops training."""
+    patience: int = Field(default=3, ge=1)
+    """Iterations whose mean score by the other raters' reward model is compared with the best such mean; a fall beyond noise stops."""
     unfinished_penalty: float = Field(default=0.0, ge=0)
     """Taken from the score of a reply that was cut off; more than 0 also moves the control with shuffled labels."""
     importance_cap: float = Field(default=2.0, ge=1)

@@ -83,12 +83,45 @@ def should_train(archive: Archive, settings: CycleSettings, data_dir: Path) -> b
     return ratings_now(archive) - _last(data_dir) >= settings.min_new_ratings
 
 
-def trained(archive_ratings: int, data_dir: Path) -> None:
+@dataclass(frozen=True)
+class Begun:
+    """A cycle that was started: its snapshot, and how many ratings there were then."""
+
+    snapshot: Path
+    ratings: int
+
+
+def begun(data_dir: Path) -> Begun | None:
+    """The cycle that a killed trainer left. It is finished first, because ratings that came in since would make another one."""
+    path = data_dir / "cycles" / "begun.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    snapshot = data_dir / "snapshots" / str(found["snapshot"])
+    return Begun(snapshot, int(found["ratings"])) if snapshot.is_dir() else None
+
+
+def begin(snapshot: Path, ratings: int, data_dir: Path) -> Begun:
+    """Remember that a cycle about this snapshot has started."""
+    _write(data_dir / "cycles" / "begun.json", {"snapshot": snapshot.name, "ratings": ratings})
+    return Begun(snapshot, ratings)
+
+
+def give_up(data_dir: Path) -> None:
+    """Forget the cycle that was begun; one that was refused would be refused again."""
+    (data_dir / "cycles" / "begun.json").unlink(missing_ok=True)
+
+
+def trained(ratings: int, data_dir: Path) -> None:
     """Remember how many ratings there were when the last cycle took its snapshot."""
-    path = data_dir / "cycles" / "last.json"
+    _write(data_dir / "cycles" / "last.json", {"ratings": ratings})
+    give_up(data_dir)
+
+
+def _write(path: Path, value: dict[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"ratings": archive_ratings}))
+    temporary.write_text(json.dumps(value))
     temporary.replace(path)
 
 

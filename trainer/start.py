@@ -6,14 +6,14 @@ from pathlib import Path
 
 from deploy.config import PolicySettings
 from deploy.registry import Registry
-from feedback.errors import InvalidInput
+from feedback.errors import InvalidInput, PlauditError
 from feedback.snapshot import build
 from feedback.stores import Stores
 from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
 from trainer.cycle import CycleResult, run_cycle
 from trainer.facts import read_facts
 from trainer.labels import Progress
-from trainer.schedule import Job, LearningSettings, ratings_now, trained
+from trainer.schedule import Job, LearningSettings, begin, begun, give_up, ratings_now, trained
 
 BY = "trainer"
 
@@ -36,17 +36,19 @@ def learn(
     sections: tuple[RewardModelSettings, PPOSettings, CycleSettings],
     progress: Progress,
 ) -> CycleResult:
-    """Train on everything that is in the archive and register the candidate. Raises TrainingRefused."""
+    """Train on everything that is in the archive, or finish what a killed trainer began; register the candidate. Raises TrainingRefused."""
     data_dir = stores.settings.feedback.data_dir
-    ratings = ratings_now(stores.archive)
-    snapshot = build(stores.archive, stores.subjects, data_dir / "snapshots")
+    unfinished = begun(data_dir)
+    if unfinished is None:
+        snapshot = build(stores.archive, stores.subjects, data_dir / "snapshots")
+        unfinished = begin(snapshot.path, ratings_now(stores.archive), data_dir)
     stable_id = registry.alias("stable")
     stable = registry.adapter(stable_id) if stable_id else None
     cycle = sections[2]
     job = Job(
         policy=policy,
         policy_name=asked.name,
-        snapshot=snapshot.path,
+        snapshot=unfinished.snapshot,
         system_prompt=asked.system_prompt,
         temperature=asked.temperature,
         max_tokens=asked.max_tokens,
@@ -57,6 +59,10 @@ def learn(
         stable=stable.path if stable and stable.kind == "trained" else None,
     )
     settings = LearningSettings(reward_model=sections[0], ppo=sections[1], cycle=cycle)
-    result = run_cycle(job, settings, data_dir, registry=registry, by=BY, progress=progress)
-    trained(ratings, data_dir)
+    try:
+        result = run_cycle(job, settings, data_dir, registry=registry, by=BY, progress=progress)
+    except PlauditError:
+        give_up(data_dir)
+        raise
+    trained(unfinished.ratings, data_dir)
     return result

@@ -18,6 +18,7 @@ from trainer.cycle import split_raters
 from trainer.feature_map import FeatureMap
 from trainer.held_out import clustered_mean, held_out, tastes
 from trainer.labels import Labels, check
+from trainer.likelihood import BOTH_BAD
 from trainer.reward_model import RewardModel, compare, fit, folds_of
 from trainer.score import Normaliser, Scorer
 
@@ -47,6 +48,15 @@ def test_shuffled_labels_teach_nothing() -> None:
     assert abs(world.agreement(model.score(world.labels.features_ND)[0]) - 0.5) < 0.15
     accuracy = held_out(world.labels.shuffled(0), LINEAR, "linear", 1.0)["prompts"]
     assert accuracy is not None and accuracy.low < 0.5
+
+
+def test_shuffling_permutes_and_keeps_counts() -> None:
+    labels = rated_world(3).labels
+    shuffled = labels.shuffled(0)
+    assert shuffled.thumbs.outcomes.bincount().tolist() == labels.thumbs.outcomes.bincount().tolist()
+    assert (shuffled.choices.outcomes == BOTH_BAD).sum() == (labels.choices.outcomes == BOTH_BAD).sum()
+    assert not torch.equal(shuffled.thumbs.outcomes, labels.thumbs.outcomes)
+    assert shuffled.digest == labels.shuffled(0).digest != labels.shuffled(1).digest
 
 
 def test_flipped_choices_and_thumbs_flip_the_score() -> None:
