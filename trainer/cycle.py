@@ -6,6 +6,8 @@ that the outcome depends on, so the same ratings and settings always lead to the
 
     job.json  labels.safetensors  base.safetensors  reward.json  reward_model.safetensors  [watch_model.safetensors]
     ppo.pt  metrics.jsonl  policy/  ppo.json  evaluation.json  details.json  adapter.json
+
+At the end the two files with what people wrote are deleted.
 """
 
 from __future__ import annotations
@@ -91,19 +93,23 @@ def run_cycle(
     write_json(folder / "job.json", {"job": job.as_json(), "settings": settings.as_json(), "snapshot": snapshot.digest})
     cycle = _Cycle(job, settings, snapshot, folder, progress or (lambda what, share: None))
     seconds: dict[str, float] = {}
-    for name, stage in (
-        ("labels", cycle.label),
-        ("base", cycle.sample_base),
-        ("reward", cycle.fit_rewards),
-        ("ppo", cycle.improve),
-        ("evaluation", cycle.judge),
-        ("adapter", lambda: cycle.publish(data_dir / "adapters")),
-    ):
+    stages: dict[str, Callable[[], None]] = {
+        "labels": cycle.label,
+        "base": cycle.sample_base,
+        "reward": cycle.fit_rewards,
+        "ppo": cycle.improve,
+        "evaluation": cycle.judge,
+        "adapter": lambda: cycle.publish(data_dir / "adapters"),
+    }
+    for name, stage in stages.items() if not (folder / "adapter.json").exists() else ():
         started = time.perf_counter()
         stage()
         seconds[name] = round(time.perf_counter() - started, 2)
         if finished:
             finished(name)
+    for private in ("labels.safetensors", "base.safetensors"):
+        # What people wrote does not outlive its use: erasing somebody reaches the snapshot, not these copies.
+        (folder / private).unlink(missing_ok=True)
     made = read_json(folder / "adapter.json")
     result = CycleResult(folder, made["adapter_id"], Path(made["path"]), read_json(folder / "evaluation.json"), seconds)
     if registry is not None:
