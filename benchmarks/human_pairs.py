@@ -57,7 +57,8 @@ class TailPolicy(Policy):
             CACHE.mkdir(parents=True, exist_ok=True)
             save_file({"features": found_BD.contiguous()}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
-        return load_file(path)["features"]
+        kept_BD: Tensor = load_file(path)["features"]
+        return kept_BD
 
 
 def import_pairs(folder: Path, pairs: int) -> tuple[list[snapshot.Row], int]:
