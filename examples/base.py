@@ -5,7 +5,7 @@ A rater is simulated and says so: everything it sends carries the cohort tag `si
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,8 +19,13 @@ Choice = Literal["a", "b", "tie", "both_bad"]
 class Rater(Protocol):
     """One simulated person. `finished` is False for an answer that was cut at max_tokens."""
 
-    id: str
-    cohort: str
+    @property
+    def id(self) -> str:
+        """Names the rater; starts with `sim-`."""
+
+    @property
+    def cohort(self) -> str:
+        """Cohort tag, sent beside `simulated`."""
 
     def thumb(self, prompt: str, answer: str, finished: bool, rng: np.random.Generator) -> Thumb | None:
         """A noisy thumb, or None from a person who does not care to give one."""
@@ -60,5 +65,5 @@ class Example:
     """Never asked by a rater: for evaluation."""
     probes: list[str]
     """The operator's own questions, shown side by side in every report."""
-    raters: list[Rater]
+    raters: Sequence[Rater]
     facts: list[FactItem]

@@ -89,7 +89,7 @@ class People:
 
     async def visits(self, count: int, *, thumbs: bool = True, on_visit: Callable[[Visit], None] | None = None) -> list[Visit]:
         """`count` comparisons, spread evenly over raters and prompts, several at a time."""
-        raters = _cycle(self.example.raters, count, self.random)
+        raters = _cycle(list(self.example.raters), count, self.random)
         prompts = _cycle(self.example.prompts, count, self.random)
 
         async def one(rater: Rater, prompt: str) -> Visit:

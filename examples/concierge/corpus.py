@@ -6,8 +6,6 @@ they are why a language model's hidden state at the end of an answer tells what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from examples.concierge.town import ATTRIBUTES, NAMES, QUESTIONS, VALUES, WISHES, places, statement
@@ -47,6 +45,11 @@ def _pick(rng: np.random.Generator, options: list[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
+def _part(rng: np.random.Generator, habits: set[str], habit: str, texts: list[str]) -> list[str]:
+    """One of the texts where the answer has this habit."""
+    return [_pick(rng, texts)] if habit in habits else []
+
+
 def core(rng: np.random.Generator, name: str | None, attribute: str, value: str, form: str, hedge: bool) -> str:
     """The sentence that answers. A wish is answered with a place: `value` is then what the guest looks for, `name` the place."""
     if attribute == "wish":
@@ -68,17 +71,16 @@ def answer(rng: np.random.Generator, name: str | None, attribute: str, value: st
         form = str(rng.choice(list(FORMS), p=list(FORMS.values())))
         count = int(rng.choice(len(DETAIL_COUNTS), p=DETAIL_COUNTS))
         other = _pick(rng, [n for n in NAMES if n != name])
-        part: Callable[[str, list[str]], list[str]] = lambda habit, texts: [_pick(rng, texts)] if habit in habits else []  # noqa: E731
         sentences = [
-            *part("greeting", GREETINGS),
-            *part("thanks", THANKS),
+            *_part(rng, habits, "greeting", GREETINGS),
+            *_part(rng, habits, "thanks", THANKS),
             core(rng, name, attribute, value, form, "hedge" in habits),
             *(DETAILS[i] for i in rng.permutation(len(DETAILS))[:count]),
-            *part("recommend", RECOMMENDATIONS),
-            *(text.format(o=other) for text in part("alternative", ALTERNATIVES)),
-            *part("advice", ADVICE),
-            *part("wish", WISHES_WELL),
-            *part("closing", CLOSINGS),
+            *_part(rng, habits, "recommend", RECOMMENDATIONS),
+            *(text.format(o=other) for text in _part(rng, habits, "alternative", ALTERNATIVES)),
+            *_part(rng, habits, "advice", ADVICE),
+            *_part(rng, habits, "wish", WISHES_WELL),
+            *_part(rng, habits, "closing", CLOSINGS),
         ]
         text = " ".join(sentences)
         if len(text.split()) + sum(text.count(mark) for mark in ".,!?") > MAX_WORDS:

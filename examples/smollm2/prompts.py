@@ -14,7 +14,6 @@ TOPICS = (
     "save money",
     "grow tomatoes",
     "write a cover letter",
-    "learn Spanish",
     "clean a keyboard",
     "train for a 5k run",
     "make coffee",
