@@ -60,6 +60,7 @@ def test_the_released_adapter_is_the_measured_one(folder: Path) -> None:
     assert all(torch.equal(value, again.state()[name]) for name, value in policy.state().items())
 
 
+@pytest.mark.slow
 def test_a_flipped_score_teaches_the_opposite(folder: Path) -> None:
     settings = FAST.model_copy(update={"iterations": 8, "rollouts": 32})
     result = run(Policy.load(folder), settings, lambda replies, features: -low_words(replies, features))
@@ -98,11 +99,12 @@ def test_a_killed_run_goes_on_bit_equal(folder: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "ppo.pt"
-    run(Policy.load(folder), FAST, checkpoint=path)
+    run(Policy.load(folder), FAST.model_copy(update={"iterations": 1}), checkpoint=path)
     with pytest.raises(TrainingRefused, match="another run"):
         run(Policy.load(folder), FAST.model_copy(update={"learning_rate": 1e-4}), checkpoint=path)
 
 
+@pytest.mark.slow
 def test_other_raters_may_stop_it_earlier(folder: Path) -> None:
     policy = Policy.load(folder)
     settings = FAST.model_copy(update={"iterations": 20, "rollouts": 32, "patience": 3})

@@ -33,7 +33,7 @@ def disturbed() -> Policy:
     torch.set_num_threads(1)
     policy = Policy.load(POLICY)
     torch.manual_seed(1)
-    policy.restore({name: value + 0.03 * torch.randn_like(value) for name, value in policy.state().items()})
+    policy.restore({name: value + 0.15 * torch.randn_like(value) for name, value in policy.state().items()})
     return policy
 
 
@@ -83,5 +83,5 @@ def test_an_engine_that_is_away_is_said_so(tmp_path: Path) -> None:
 def test_an_engine_that_refuses_is_quoted(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     server = request.getfixturevalue("vllm_concierge")
     policy = Policy.load(POLICY, rank=64)  # the server takes rank 8 at most
-    with pytest.raises(EngineRefused, match="load_lora_adapter answered 4"):
+    with pytest.raises(EngineRefused, match="rank 64 is greater than max_lora_rank 8"):
         VLLMRollouts(policy, server.url, tmp_path).sample(prompts(policy), max_tokens=2, temperature=1.0, seed=0)
