@@ -15,6 +15,7 @@ than the last durable decision.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,8 @@ class Rollout:
         elif running.state == "gates":
             await self._judge_gates(running, epoch)
         else:
-            self._judge_canary(running, epoch)
+            # In a thread: reading thousands of answers takes long enough for people to see their streams stand still.
+            await asyncio.to_thread(self._judge_canary, running, epoch)
 
     def _next(self) -> AdapterRecord | None:
         """The newest candidate whose evaluation is there; older ones learned from fewer ratings."""
