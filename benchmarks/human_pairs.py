@@ -19,10 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from benchmarks.harness import Report
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.harness import Report
 from examples.smollm2.convert import policy_dir
 from feedback import snapshot
 from feedback.config import FeedbackSettings, Settings

@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import httpx2
 import uvicorn
-from deploy.registry import Registry
 
 from deploy.config import PolicySettings
 from deploy.engine import Engine, Scripted
+from deploy.registry import Registry
 from deploy.routing import AdapterRef, RoutingTable
 from feedback.config import FeedbackSettings, Settings
 from feedback.errors import NotFound
