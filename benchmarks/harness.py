@@ -27,9 +27,11 @@ def quick() -> bool:
     return os.environ.get("QUICK", "") not in ("", "0")
 
 
-def code_digest(*rooms: str) -> str:
-    """Of the Python source in these rooms and of the weights in them, so that a changed line makes old cells stale."""
+def code_digest(name: str, *rooms: str) -> str:
+    """Of the benchmark's own source, of the Python source in these rooms and of the weights in them: a changed line makes cells stale."""
     sha = hashlib.sha256()
+    for path in (ROOT / "benchmarks").glob(f"{name}.py"):
+        sha.update(path.read_bytes())
     for room in rooms:
         for path in sorted((ROOT / room).rglob("*")):
             if path.suffix in (".py", ".safetensors"):
@@ -87,7 +89,7 @@ class Report:
         self.name, self.seed, self.folder = name, seed, folder
         self.checks: list[dict[str, object]] = []
         self.what_control: dict[str, object] | None = None
-        self.cells = Cells(folder / f"{name}.cells.jsonl", code_digest(*rooms))
+        self.cells = Cells(folder / f"{name}.cells.jsonl", code_digest(name.partition("-")[0], *rooms))
 
     def say(self, text: str) -> None:
         """One line for whoever watches."""
