@@ -4,7 +4,7 @@ Two cohorts. `brief` wants one or two plain sentences that end. `practical` want
 substance: an answer must name what was asked and say something about it. Raters who want only brevity teach a model to be
 vacuous: "Cutting onions is a culinary tradition." ended, was short, and won.
 
-The weights were chosen by what base answers show (`benchmarks/smollm2.py --raters`): everything a rule looks at shows in at least
+The weights were chosen by what base answers show (see docs/lab.md): everything a rule looks at shows in at least
 10 % and at most 90 % of them, and a choice agrees with the sign of its own utility 75 to 80 % of the time.
 """
 
@@ -77,7 +77,7 @@ def traits(prompt: str, answer: str, finished: bool) -> Traits:
         steps=sum(_is_step(sentence) for sentence in _SENTENCE.split(answer)),
         substance=len(set(content) - asked),
         addresses=bool({"you", "your", "you'll", "you're"} & set(words)),
-        repeats=1 - len(set(content)) / max(1, len(content)),
+        repeats=1 - len(set(content)) / len(content) if content else 0.0,
     )
 
 
