@@ -169,7 +169,9 @@ class VllmServer:
             "shutdown-timeout": settings.shutdown_timeout_s,
         }
         told = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora", "--enable-request-id-headers", *told]
+        # Looks several times a second would fill the disk with lines about themselves.
+        quiet = "--disable-uvicorn-access-log"
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora", "--enable-request-id-headers", quiet, *told]
 
     def environment(self) -> dict[str, str]:
         threads = self.settings.threads or len(os.sched_getaffinity(0))
