@@ -190,6 +190,8 @@ def tastes(labels: Labels) -> list[Taste]:
             groups.setdefault(cohort, set()).add(rater)
     found = []
     for cohort, members in groups.items():
+        if cohort != "everybody" and members == groups["everybody"]:
+            continue  # a tag that all carry says nothing of its own
         inside = torch.tensor([int(rater) in members for rater in raters_R], dtype=torch.bool)
         if int(inside.sum()) < MIN_RATINGS_FOR_TASTE:
             continue
