@@ -1,0 +1,121 @@
+"""The report of an adapter: everything a person needs to judge it is on one page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.records import AdapterRecord
+from deploy.registry import Registry
+from feedback.config import FeedbackSettings, Settings
+from feedback.errors import NotFound
+from feedback.stores import open_stores
+from trainer.report import plot, report_of
+
+MakeAdapter = Callable[[Path, Path, int], tuple[str, Path]]
+STEPS = [
+    {"step": 1, "score": 0.0, "stop_score": 0.1, "kl_nats": 0.0, "reply_tokens": 60.0},
+    {"step": 2, "score": 1.5, "stop_score": 0.9, "kl_nats": 4.0, "reply_tokens": 40.0},
+]
+REWARD: dict[str, Any] = {
+    "raters": 24,
+    "simulated_raters": 24,
+    "choices": 150,
+    "thumbs": 270,
+    "accuracy": {"prompts": {"value": 0.66, "low": 0.58, "high": 0.74}, "length": {"value": 0.57}},
+    "tastes": [
+        {"cohort": "brief", "what": "finished", "correlation": 0.4, "low": 0.2, "high": 0.6, "raters": 12},
+        {"cohort": "brief", "what": "questions", "correlation": 0.1, "low": -0.2, "high": 0.4, "raters": 12},
+    ],
+    "warnings": ["2 of 420 ratings dropped: an answer is empty"],
+}
+GAIN = {"mean": 0.8, "low": 0.5, "high": 1.1, "n": 24}
+EVALUATION: dict[str, Any] = {
+    "reward_gain_base": GAIN,
+    "reward_gain_stable": GAIN,
+    "kl_nats": 4.2,
+    "kl_budget_nats": 6.0,
+    "shuffled": False,
+    **{name: {"base": 0.125, "candidate": 0.75} for name in ("length", "finished", "on_topic", "repetition", "refusal")},
+    "probes": [{"prompt": "How do I <b>cut</b>?", "base": "To cut <script>", "stable": "It", "candidate": "Peel it first."}],
+}
+FACTS = "60 items cannot certify 2 points"
+
+
+def _trained(folder: Path, policy: Path, make: MakeAdapter, registry: Registry, **changed: object) -> AdapterRecord:
+    """A registered adapter with the files that its cycle left."""
+    cycle = folder / "cycles" / "c1"
+    cycle.mkdir(parents=True)
+    (cycle / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in STEPS))
+    (cycle / "reward.json").write_text(json.dumps(REWARD))
+    (cycle / "details.json").write_text(json.dumps({"facts": {"words": FACTS}}))
+    adapter, path = make(policy, folder / "adapters", 1)
+    record = registry.register(adapter, path, "trainer")
+    registry.attest(adapter, "training", {"cycle": "c1", "seconds": {"ppo": 61.0}, "stopped_because": "the last iteration"}, "trainer")
+    registry.attest(adapter, "evaluation", EVALUATION | changed, "trainer")
+    return record
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(open_stores(Settings(feedback=FeedbackSettings(data_dir=tmp_path / "data"))).engine)
+
+
+def test_one_page_says_it_all(tmp_path: Path, tiny_policy: Path, make_adapter: MakeAdapter, registry: Registry) -> None:
+    folder = tmp_path / "data"
+    record = _trained(folder, tiny_policy, make_adapter, registry)
+    target = folder / "reports" / "one.html"
+    report_of(record, registry, folder, target)
+    page = target.read_text()
+    words = re.sub(r"\s+", " ", page)
+    assert record.id[:16] in page
+    assert "24 of 24 raters are simulated" in words
+    assert "24 raters gave 150 choices and 270 thumbs" in words
+    assert "66 % (58–74)" in words and "length alone with 57 %" in words
+    assert page.count("<svg ") == 4  # score, second reward model, KL, length
+    assert "+0.80 sd against base (+0.50 … +1.10)" in words
+    assert "4.2 nats" in words and "budget was 6.0" in words
+    assert "+0.40" in page and "questions" not in page  # only what is surely preferred or disliked
+    assert FACTS in page and "Peel it first." in page and "2 of 420 ratings dropped" in page
+    assert "Control: the ratings were shuffled" not in page
+
+
+def test_it_needs_nothing_from_elsewhere_and_runs_nothing(
+    tmp_path: Path, tiny_policy: Path, make_adapter: MakeAdapter, registry: Registry
+) -> None:
+    folder = tmp_path / "data"
+    target = folder / "one.html"
+    report_of(_trained(folder, tiny_policy, make_adapter, registry), registry, folder, target)
+    page = target.read_text()
+    # What people and models wrote is shown, never interpreted.
+    assert "<script" not in page and "&lt;script&gt;" in page and "How do I &lt;b&gt;cut&lt;/b&gt;?" in page
+    assert not re.search(r"""(src|href)=["'](?!#)""", page)
+    assert "@import" not in page
+
+
+def test_a_shuffled_control_says_so(tmp_path: Path, tiny_policy: Path, make_adapter: MakeAdapter, registry: Registry) -> None:
+    folder = tmp_path / "data"
+    target = folder / "one.html"
+    report_of(_trained(folder, tiny_policy, make_adapter, registry, shuffled=True), registry, folder, target)
+    assert "Control: the ratings were shuffled" in target.read_text()
+
+
+def test_without_training_there_is_nothing_to_report(
+    tmp_path: Path, tiny_policy: Path, make_adapter: MakeAdapter, registry: Registry
+) -> None:
+    adapter, path = make_adapter(tiny_policy, tmp_path / "adapters", 1)
+    record = registry.register(adapter, path, "mara")
+    with pytest.raises(NotFound, match="no training and no evaluation"):
+        report_of(record, registry, tmp_path, tmp_path / "one.html")
+    assert not (tmp_path / "one.html").exists()
+
+
+def test_a_plot_has_the_colour_of_the_page() -> None:
+    svg = plot(STEPS, "kl_nats", "KL to the reference", "nats")
+    assert svg.startswith('<svg role="img" aria-label="KL to the reference"')
+    assert "currentColor" in svg and "#000000" not in svg
