@@ -63,7 +63,7 @@ def rated(shipped: Example, asked: Asked) -> list[Row]:
         rater = shipped.raters[turn % len(shipped.raters)]
         rows.append(_row(rater.id, rater.cohort, prompt, a, b, rater.choose(prompt, a[0], b[0], a[1], b[1], rng), len(rows)))
         for one in (a, b):
-            thumb = rater.thumb(prompt, *one, rng)
+            thumb = rater.thumb(prompt, one[0], one[1], rng)
             if thumb is not None:
                 rows.append(_row(rater.id, rater.cohort, prompt, one, None, thumb, len(rows)))
     return rows
