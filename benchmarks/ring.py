@@ -31,7 +31,7 @@ from feedback import snapshot
 from feedback.config import FeedbackSettings, Settings
 from feedback.events import Event, FeedbackGiven, FinishedText, InteractionFinished, InteractionStarted, Side, Slot, StartedText
 from feedback.stores import Stores, open_stores
-from trainer.config import CycleSettings, PPOSettings
+from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
 from trainer.cycle import read_json, run_cycle
 from trainer.evaluation import Sampling, sample
 from trainer.policy import Policy, Reply
@@ -39,8 +39,8 @@ from trainer.ppo import train
 from trainer.schedule import Job, LearningSettings
 
 WORLDS, SEALED_WORLDS, SEEDS = range(5), range(100, 110), range(2)
-COMPARISONS = 180
-"""With thumbs on both answers, about 500 ratings."""
+COMPARISONS, QUICK_COMPARISONS = 180, 48
+"""With thumbs on both answers, about 500 ratings; and what a quick run makes do with."""
 ITERATIONS, QUICK_ITERATIONS = 20, 3
 LEARNING_RATE = 1e-3
 """With the default, 3e-4, so few updates do not move this small policy."""
@@ -139,7 +139,7 @@ def learned(world: int, seed: int, *, shuffled: bool) -> dict[str, Any]:
         folder = Path(name)
         stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=folder)), "benchmark")
         try:
-            ratings = record(stores, example, policy, COMPARISONS, seed)
+            ratings = record(stores, example, policy, QUICK_COMPARISONS if quick() else COMPARISONS, seed)
             stores.ingest()
             made = snapshot.build(stores.archive, stores.subjects, folder / "snapshots")
         finally:
@@ -157,7 +157,7 @@ def learned(world: int, seed: int, *, shuffled: bool) -> dict[str, Any]:
             facts=(),
         )
         cycle = CycleSettings(evaluation_samples=2, shuffle_labels=shuffled, seed=seed)
-        result = run_cycle(job, LearningSettings(ppo=_ppo(), cycle=cycle), folder)
+        result = run_cycle(job, LearningSettings(reward_model=_reward_model(), ppo=_ppo(), cycle=cycle), folder)
         candidate = Policy.load(job.policy, adapter=result.folder / "policy")
         ppo, reward = read_json(result.folder / "ppo.json"), read_json(result.folder / "reward.json")
         return {
@@ -196,6 +196,11 @@ def oracle(world: int, seed: int, kl_target_nats: float) -> dict[str, Any]:
 
 def _ppo() -> PPOSettings:
     return PPOSettings(iterations=QUICK_ITERATIONS if quick() else ITERATIONS, learning_rate=LEARNING_RATE)
+
+
+def _reward_model() -> RewardModelSettings:
+    """As shipped, but for a quick run, which compares little."""
+    return RewardModelSettings(maps=("linear",), ridges=(0.3, 1.0, 3.0), folds=2, grid_extensions=0) if quick() else RewardModelSettings()
 
 
 def gain(wins: float, oracle_wins: float) -> float:
