@@ -80,13 +80,18 @@ class Run:
         return self.beta
 
     def judge(self, measured: Step, policy: Policy) -> bool:
-        """Whether to end here. Keeps the adapter that was just measured, if it is within the budget."""
+        """Whether to end here. Keeps the adapter that was just measured, if it is within the target.
+
+        Between target and hard stop training goes on, because the controller may lead it back, but nothing is kept: 32 replies
+        measure KL with noise, and what is released must hold on other prompts.
+        """
         if measured.kl_nats > self.settings.hard_stop * self.target:
             self.reason = f"KL {measured.kl_nats:.1f} > {self.settings.hard_stop:g} x {self.target:.1f} nats in step {measured.step}"
             self.steps.append(measured)
             return True
         state = policy.state()
-        self.good = (measured.step, state)
+        if measured.kl_nats <= self.target:
+            self.good = (measured.step, state)
         if measured.stop_score is not None and self._fallen(measured, state):
             self.steps.append(measured)
             return True
@@ -111,7 +116,8 @@ class Run:
         noise = 2 * (2 / (k * self.settings.rollouts)) ** 0.5
         if mean > self.best_stop[0] - noise:
             return False
-        self.good = self.best_stop[1:]
+        if self.good is None or self.best_stop[1] < self.good[0]:
+            self.good = self.best_stop[1:]
         self.reason = f"other raters' reward model fell from {self.best_stop[0]:.2f} in step {self.best_stop[1]} to {mean:.2f}"
         return True
 

@@ -67,7 +67,7 @@ class PPOSettings(Section):
     kl_target_nats: float | None = Field(default=None, gt=0)
     """Of the controller, summed over a reply; unset: min(10, 0.1 x base's mean reply tokens)."""
     hard_stop: float = Field(default=1.5, ge=1)
-    """Training ends before the KL exceeds the target by this factor."""
+    """Training ends when the KL exceeds the target by this factor; what is released was measured within the target itself."""
     patience: int = Field(default=3, ge=1)
     """Iterations whose mean score by the other raters' reward model is compared with the best such mean; a fall beyond noise stops."""
     unfinished_penalty: float = Field(default=0.0, ge=0)

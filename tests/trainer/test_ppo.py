@@ -44,7 +44,7 @@ def test_it_learns_within_the_budget(folder: Path) -> None:
     assert first.first_ratio_deviation <= 1e-6
     assert max(step.first_ratio_deviation for step in result.steps) <= 1e-6
     assert released.score > first.score + 1.0
-    assert 0 < released.kl_nats <= 1.5 * 4.0
+    assert 0 < released.kl_nats <= result.kl_target_nats
     assert [step.step for step in result.steps] == list(range(len(result.steps)))
 
 
@@ -54,7 +54,7 @@ def test_the_released_adapter_is_the_measured_one(folder: Path) -> None:
     result = run(policy, settings)
     assert result.stopped_because.startswith("KL ")
     assert result.steps[-1].kl_nats > 0.3
-    assert result.released == len(result.steps) - 2
+    assert result.released == max(step.step for step in result.steps if step.kl_nats <= 0.2)
     again = Policy.load(folder)
     run(again, settings.model_copy(update={"iterations": result.released}))
     assert all(torch.equal(value, again.state()[name]) for name, value in policy.state().items())
