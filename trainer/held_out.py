@@ -17,7 +17,7 @@ from trainer.config import RewardModelSettings
 from trainer.feature_map import FeatureMap
 from trainer.labels import Answer, Labels
 from trainer.likelihood import UP, A, B
-from trainer.reward_model import build_problem, folds_of, minimise, prompt_features
+from trainer.reward_model import build_problem, folds_of, minimise, one_thread, prompt_features
 
 MIN_RATINGS_FOR_TASTE = 20
 
@@ -75,6 +75,7 @@ def choice_accuracy(labels: Labels, scores_N: Tensor) -> Accuracy:
     return found
 
 
+@one_thread()
 def held_out(labels: Labels, settings: RewardModelSettings, kind: str, ridge: float) -> dict[str, Accuracy | None]:
     """Accuracy on choices of unseen prompts and of unseen raters, and of length alone on unseen prompts.
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +32,17 @@ THUMB_SCALE_FROM_EACH = 500
 PROMPT_OFFSET_DIMENSIONS = 16
 POSTERIOR_PENALTY = 0.5
 """A score that is used is mean - 0.5 sd: what the ratings do not speak about earns nothing."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensors of a fit are so small that threads wait for each other: two beside other work took ten times as long as one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -267,6 +280,7 @@ def compare(labels: Labels, settings: RewardModelSettings) -> list[Trial]:
     return trials
 
 
+@one_thread()
 def fit(labels: Labels, settings: RewardModelSettings) -> RewardModel:
     """The reward model of these ratings. Takes seconds; the same labels and settings give the same bytes.
 
