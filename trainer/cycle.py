@@ -253,18 +253,21 @@ class _Cycle:
         score = self._scorer("reward_model.safetensors")
         watched = (self.folder / "watch_model.safetensors").exists()
         live = self.folder / "metrics.jsonl"
-        iterations = self.settings.ppo.iterations
+        settings = self.settings.ppo
+        nothing = self._nothing_learned()
+        if nothing:
+            settings = settings.model_copy(update={"iterations": 0})
 
         def on_step(step: Any) -> None:
             with live.open("a") as file:
                 file.write(json.dumps(asdict(step)) + "\n")
-            self.progress("PPO", min(1.0, step.step / iterations))
+            self.progress("PPO", min(1.0, step.step / settings.iterations) if settings.iterations else 1.0)
 
         result = train(
             self.policy,
             list(dict.fromkeys(reply.prompt for reply in replies)),
             score,
-            self.settings.ppo,
+            settings,
             max_tokens=self.job.max_tokens,
             temperature=self.job.temperature,
             seed=self.settings.cycle.seed,
@@ -282,7 +285,16 @@ class _Cycle:
         temporary = live.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(step) + "\n" for step in steps))
         temporary.replace(live)
-        write_json(self.folder / "ppo.json", {"steps": steps, **{k: v for k, v in asdict(result).items() if k != "steps"}})
+        body = asdict(result) | {"steps": steps}
+        write_json(self.folder / "ppo.json", body | ({"stopped_because": nothing} if nothing else {}))
+
+    def _nothing_learned(self) -> str | None:
+        """Why PPO has nothing to optimise, if so: it raises the score of any reward model, also of one that is noise."""
+        accuracy, least = read_json(self.folder / "reward.json")["accuracy"]["prompts"], self.settings.reward_model.min_accuracy
+        if accuracy is None or accuracy["low"] > least:
+            return None
+        found = f"{accuracy['value']:.0%} of {accuracy['n']} choices on unseen prompts, at least {accuracy['low']:.0%}"
+        return f"the reward model foresees {found}; needed > {least:.0%} (reward_model.min_accuracy), so PPO was left out"
 
     def judge(self) -> None:
         if (self.folder / "evaluation.json").exists():

@@ -79,6 +79,10 @@ def test_the_control_is_another_cycle_and_says_so(world: tuple[Job, Path], resul
     assert Evaluation.model_validate(shuffled.evaluation).shuffled
     assert json.loads((shuffled.folder / "reward.json").read_text())["shuffled"]
     assert shuffled.adapter_id != result.adapter_id
+    # Labels that say nothing leave the policy where it was; `result` shows that real ones do not.
+    ppo = json.loads((shuffled.folder / "ppo.json").read_text())
+    assert "so PPO was left out" in ppo["stopped_because"] and ppo["released"] == 0
+    assert shuffled.evaluation["kl_nats"] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_what_people_wrote_does_not_outlive_the_cycle(world: tuple[Job, Path], result: CycleResult) -> None:
