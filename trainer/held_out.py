@@ -92,10 +92,12 @@ def held_out(labels: Labels, settings: RewardModelSettings, kind: str, ridge: fl
 
     def margins(fold_of: Tensor, fold_N: Tensor, *, by_rater: bool) -> Tensor:
         margins_N = torch.zeros(len(choices), dtype=torch.float64)
+        found = None
         for fold in range(int(fold_of.max()) + 1):
             inside = labels.where_rater(fold_of != fold) if by_rater else labels.where_prompt(fold_of != fold)
             problem = build_problem(feature_map, inside, prompts_QZ, settings.max_rater_share)
-            weights_P = minimise(problem, ridge)[: problem.sizes[0]]
+            found = minimise(problem, ridge, found)
+            weights_P = found[: problem.sizes[0]]
             here = fold_N == fold
             margins_N[here] = (problem.mapped_NP[choices.first[here]] - problem.mapped_NP[choices.second[here]]) @ weights_P
         return margins_N

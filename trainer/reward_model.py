@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import scipy.optimize
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -137,20 +140,18 @@ def precisions(problem: Problem, ridge: float) -> Tensor:
 
 
 def minimise(problem: Problem, ridge: float, start: Tensor | None = None, tolerance: float = 1e-3) -> Tensor:
-    """The posterior's mode, flat, to a gradient of `tolerance` nats for each prior's sd. Raises TrainingRefused where it is not finite."""
-    # In units of the prior's sd the problem is well conditioned and LBFGS needs tens of steps.
+    """The posterior's mode, flat, to a gradient of `tolerance` nats for each prior's sd or what float64 allows. Raises TrainingRefused where it is not finite."""
+    # In units of the prior's sd the problem is well conditioned: tens of evaluations, if all of them are remembered.
     scale = precisions(problem, ridge).rsqrt()
-    unit = (torch.zeros_like(scale) if start is None else start / scale).clone().requires_grad_(True)
-    optimiser = torch.optim.LBFGS([unit], max_iter=500, tolerance_grad=tolerance, tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
-        optimiser.zero_grad()
+    def objective(at: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, Any]:
+        unit = torch.from_numpy(at.copy()).requires_grad_(True)
         loss = problem.loss(Parameters.split(unit * scale, problem.sizes)) + unit.square().sum() / 2
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        return loss.item(), torch.autograd.grad(loss, unit)[0].numpy()
 
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
-    found = (unit * scale).detach()
+    begin = torch.zeros_like(scale) if start is None else start / scale
+    options = {"maxcor": 50, "maxiter": 500, "gtol": tolerance, "ftol": 0.0}
+    found = torch.from_numpy(scipy.optimize.minimize(objective, begin.numpy(), jac=True, method="L-BFGS-B", options=options).x) * scale
     if not bool(torch.isfinite(found).all()):
         raise TrainingRefused(f"reward model: the fit at ridge {ridge:g} is not finite; a feature or a weight is", field="ridge")
     return found
@@ -240,7 +241,7 @@ def prompt_features(labels: Labels) -> Tensor:
 
 
 class _Comparison:
-    """Held-out likelihood of one feature map at any ridge. Fits start from the last one, so ascend or descend."""
+    """Held-out likelihood of one feature map at any ridge. Fits start from the last one, so ask for ridges next to each other."""
 
     def __init__(self, kind: str, labels: Labels, settings: RewardModelSettings) -> None:
         self.kind, self.count = kind, labels.count
@@ -262,21 +263,25 @@ class _Comparison:
 
 
 def compare(labels: Labels, settings: RewardModelSettings) -> list[Trial]:
-    """Held-out likelihood of every feature map and ridge, grouped by prompt. A grid grows while its edge is the best."""
-    trials: list[Trial] = []
+    """Held-out likelihood of every feature map, grouped by prompt, at ridges from the middle outwards for as long as it gets better.
+
+    A grid grows while its edge is the best. The trials of a map stand in ascending order of their ridges.
+    """
     factor = settings.ridges[-1] / settings.ridges[-2]
+    beyond = [factor ** (i + 1) for i in range(settings.grid_extensions)]
+    grid = [*(settings.ridges[0] / f for f in reversed(beyond)), *settings.ridges, *(settings.ridges[-1] * f for f in beyond)]
+    trials: list[Trial] = []
     for kind in settings.maps:
-        comparison = _Comparison(kind, labels, settings)
-        of_kind = [comparison(ridge) for ridge in settings.ridges]
-        for _ in range(settings.grid_extensions):
-            best = min(of_kind, key=lambda t: t.nll)
-            if best is of_kind[-1]:
-                of_kind.append(comparison(best.ridge * factor))
-            elif best is of_kind[0]:
-                of_kind.insert(0, comparison(best.ridge / factor))
-            else:
-                break
-        trials += of_kind
+        comparison, middle = _Comparison(kind, labels, settings), len(grid) // 2
+        of_kind = [comparison(grid[middle])]
+        best = of_kind[0].nll
+        for way in (grid[:middle][::-1], grid[middle + 1 :]):
+            for ridge in way:
+                of_kind.append(comparison(ridge))
+                if of_kind[-1].nll >= best:
+                    break
+                best = of_kind[-1].nll
+        trials += sorted(of_kind, key=lambda t: t.ridge)
     return trials
 
 

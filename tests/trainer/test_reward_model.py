@@ -19,7 +19,7 @@ from trainer.feature_map import FeatureMap
 from trainer.held_out import clustered_mean, held_out, tastes
 from trainer.labels import Labels, check
 from trainer.likelihood import BOTH_BAD
-from trainer.reward_model import RewardModel, compare, fit, folds_of
+from trainer.reward_model import Parameters, RewardModel, build_problem, compare, fit, folds_of, minimise, precisions, prompt_features
 from trainer.score import Normaliser, Scorer
 
 QUICK = RewardModelSettings(ridges=(0.3, 3.0), folds=3, grid_extensions=2)
@@ -97,6 +97,29 @@ def test_the_grid_grows_until_its_edge_is_not_the_best() -> None:
     trials = compare(labels, RewardModelSettings(maps=("linear",), ridges=(1e-5, 1e-4), folds=3, grid_extensions=8))
     best = min(trials, key=lambda t: t.nll)
     assert trials[0].ridge < best.ridge < trials[-1].ridge
+
+
+def test_the_walk_over_the_grid_ends_where_the_whole_grid_has_its_best() -> None:
+    labels = rated_world(14).labels
+    ridges = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    walked = compare(labels, RewardModelSettings(maps=("linear",), ridges=ridges, folds=3))
+    alone = [compare(labels, RewardModelSettings(maps=("linear",), ridges=(r, r), folds=3, grid_extensions=0))[0] for r in ridges]
+    best, best_alone = (min(trials, key=lambda t: t.nll) for trials in (walked, alone))
+    assert len(walked) < len(alone)
+    assert best.ridge == best_alone.ridge and best.nll == pytest.approx(best_alone.nll, abs=1e-5)
+
+
+def test_a_fit_ends_where_the_posterior_is_flat() -> None:
+    labels = rated_world(15).labels
+    problem = build_problem(FeatureMap.fit("linear", labels.features_ND, labels.prompts_N), labels, prompt_features(labels), 0.5)
+    found = minimise(problem, 1.0, tolerance=1e-6).requires_grad_(True)
+    precision = precisions(problem, 1.0)
+    loss = problem.loss(Parameters.split(found, problem.sizes)) + (precision * found.square()).sum() / 2
+    (slope,) = torch.autograd.grad(loss, found)
+    # In nats for each prior's sd; a wrong sign or a forgotten prior leaves tens of them.
+    assert (slope * precision.rsqrt()).abs().max() < 1e-5
+    again = minimise(problem, 1.0, start=found.detach() + 0.1, tolerance=1e-6)
+    assert torch.allclose(again, found.detach(), atol=1e-5)
 
 
 def test_folds_are_balanced_and_drawn_by_the_seed() -> None:
