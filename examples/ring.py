@@ -143,6 +143,7 @@ class Ring:
         self.url = ""
         said: list[str] = []
         started = time.monotonic()
+        self.progress("model server starts", 0.0)
         for line in self.process.stdout:
             said.append(line.rstrip())
             self.progress("model server starts", min(0.95, (time.monotonic() - started) / 60))
