@@ -140,7 +140,10 @@ def precisions(problem: Problem, ridge: float) -> Tensor:
 
 
 def minimise(problem: Problem, ridge: float, start: Tensor | None = None, tolerance: float = 1e-3) -> Tensor:
-    """The posterior's mode, flat, to a gradient of `tolerance` nats for each prior's sd or what float64 allows. Raises TrainingRefused where it is not finite."""
+    """The posterior's mode, flat, to a gradient of `tolerance` nats for each prior's sd or what float64 allows.
+
+    Raises TrainingRefused where it is not finite.
+    """
     # In units of the prior's sd the problem is well conditioned: tens of evaluations, if all of them are remembered.
     scale = precisions(problem, ridge).rsqrt()
 
