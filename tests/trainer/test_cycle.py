@@ -20,6 +20,7 @@ from deploy.manifest import read_manifest, verify
 from feedback.config import FeedbackSettings, Settings
 from feedback.errors import InvalidInput, TrainingRefused
 from feedback.stores import open_stores
+from trainer import start
 from trainer.config import CycleSettings
 from trainer.cycle import CycleResult, run_cycle
 from trainer.policy import Policy
@@ -157,3 +158,16 @@ def test_a_killed_trainer_goes_on_at_its_step_and_makes_the_same_adapter(
     verify(resumed.adapter)
     weights = "adapter_model.safetensors"
     assert read_manifest(resumed.adapter).files[weights] == read_manifest(result.adapter).files[weights]
+
+
+def test_training_gives_way_and_takes_nothing_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    autogroup = tmp_path / "autogroup"
+    autogroup.write_text("/autogroup-4 nice 0\n")
+    monkeypatch.setattr(start, "AUTOGROUP", autogroup)
+    # One more than now at most, because a test cannot take its niceness back.
+    with start.giving_way(niceness := max(1, os.nice(0))):
+        assert autogroup.read_text() == str(niceness)
+    assert autogroup.read_text() == "0"
+    monkeypatch.setattr(start, "AUTOGROUP", tmp_path / "not there")
+    with start.giving_way(niceness):
+        assert os.nice(0) == niceness
