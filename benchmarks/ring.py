@@ -24,9 +24,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, quick
+from deploy.config import GateSettings
+from deploy.gates import Evaluation, judge
 from examples import load
 from examples.base import Example
 from examples.concierge.world import World
+from examples.ring import GATES
 from feedback import snapshot
 from feedback.config import FeedbackSettings, Settings
 from feedback.events import Event, FeedbackGiven, FinishedText, InteractionFinished, InteractionStarted, Side, Slot, StartedText
@@ -154,18 +157,23 @@ def learned(world: int, seed: int, *, shuffled: bool) -> dict[str, Any]:
             max_model_len=example.max_model_len,
             held_out=example.held_out,
             probes=(),
-            facts=(),
+            facts=example.facts,
         )
-        cycle = CycleSettings(evaluation_samples=2, shuffle_labels=shuffled, seed=seed)
+        cycle = CycleSettings(shuffle_labels=shuffled, seed=seed)
         result = run_cycle(job, LearningSettings(reward_model=_reward_model(), ppo=_ppo(), cycle=cycle), folder)
         candidate = Policy.load(job.policy, adapter=result.folder / "policy")
         ppo, reward = read_json(result.folder / "ppo.json"), read_json(result.folder / "reward.json")
+        # The gate that knows about the shuffling is left out: the others must notice by what they measure.
+        found = Evaluation.model_validate(result.evaluation | {"shuffled": False})
+        verdicts = judge(found, GateSettings.model_validate(GATES))
         return {
             "wins": Judge(World(world), example, candidate).wins(candidate, seed),
             "ratings": ratings,
             "kl_nats": ppo["steps"][ppo["released"]]["kl_nats"],
             "kl_target_nats": ppo["kl_target_nats"],
             "held_out_accuracy": reward["accuracy"]["prompts"],
+            "stopped_because": ppo["stopped_because"],
+            "refused": [f"{each.name}: {each.reason}" for each in verdicts if each.verdict != "pass"],
             "stage_seconds": result.seconds,
         }
 
@@ -209,6 +217,7 @@ def gain(wins: float, oracle_wins: float) -> float:
 
 
 def main() -> int:
+    torch.set_num_threads(1)  # so small a model gains little from a second one, and two runs fit on two cores
     sealed = os.environ.get("SEALED", "") not in ("", "0")
     worlds: Sequence[int] = SEALED_WORLDS if sealed else WORLDS
     seeds: Sequence[int] = SEEDS
@@ -216,7 +225,7 @@ def main() -> int:
         worlds, seeds = worlds[:1], seeds[:1]
     report = Report("ring-sealed" if sealed else "ring", seed=0, rooms=("feedback", "trainer", "examples/concierge"))
     rows: list[Mapping[str, Any]] = []
-    controls: list[float] = []
+    controls: list[Mapping[str, Any]] = []
     for world in worlds:
         for seed in seeds:
             key = {"world": world, "seed": seed, "quick": quick()}
@@ -226,14 +235,16 @@ def main() -> int:
             rows.append({"world": world, "seed": seed, "g": gain(real["wins"], best["wins"]), "learned": real, "oracle": best})
             report.say(f"world {world} seed {seed}: W {real['wins']:.3f}, oracle {best['wins']:.3f}, g {rows[-1]['g']:.2f}")
         broken = report.cells.get({**key, "what": "shuffled"}, lambda w=world, s=seed: learned(w, s, shuffled=True))  # type: ignore[misc]
-        controls.append(broken["wins"])
-        report.say(f"world {world}: W {broken['wins']:.3f} with shuffled labels")
+        controls.append(broken)
+        report.say(f"world {world}: W {broken['wins']:.3f} with shuffled labels; {broken['stopped_because']}")
     gains = [float(row["g"]) for row in rows]
     # A few iterations move little, so a quick run only shows that the figures come out.
     report.check("median gain of the oracle's", median(gains), at_least=-10.0 if quick() else 0.7)
     report.check("worst gain of the oracle's", min(gains), at_least=-10.0 if quick() else 0.5)
-    report.control("shuffled ratings win at most 55 % against the base", caught=max(controls) <= 0.55)
-    return report.finish({"cells": rows, "shuffled_wins": controls})
+    caught = all(each["wins"] <= 0.55 and each["refused"] for each in controls)
+    report.control("the same cycle on shuffled ratings: W <= 0.55, and the gates refuse it", caught=caught)
+    passed = sum(not row["learned"]["refused"] for row in rows)
+    return report.finish({"cells": rows, "shuffled": controls, "passed_the_gates": f"{passed} of {len(rows)}"})
 
 
 if __name__ == "__main__":

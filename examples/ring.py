@@ -32,6 +32,8 @@ from trainer.facts import write_facts
 COMPARISONS = {"concierge": 180, "smollm2": 150}
 """Each is one choice and up to two thumbs."""
 PPO: dict[str, dict[str, object]] = {"concierge": {"iterations": 20, "learning_rate": 1e-3}, "smollm2": {"iterations": 8}}
+GATES: dict[str, object] = {"demo_facts_margin_points": 10.0, "length_factor": 3.0, "allow_shorter": True}
+"""A demonstration's few facts cannot certify the usual margin, and its raters ask for brevity."""
 CANARY_ROUND = 24
 MAX_CANARY_ROUNDS = 8
 START_S = 400.0
@@ -119,7 +121,7 @@ class Ring:
                 **({"system_prompt": example.system_prompt} if example.system_prompt else {}),
             },
             "rollout": {"weight": 0.5, "tick_s": 0.5},
-            "gates": {"demo_facts_margin_points": 10.0, "length_factor": 3.0, "allow_shorter": True},
+            "gates": GATES,
             "ppo": PPO[example.name],
             "cycle": {name: str(path.resolve()) for name, path in files.items()},
         }

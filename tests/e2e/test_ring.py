@@ -18,7 +18,7 @@ from feedback.events import InteractionStarted
 from feedback.sqlite_log import SqliteLogs
 
 pytestmark = [
-    pytest.mark.ring,
+    pytest.mark.slow,
     pytest.mark.timeout(2400),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
 ]
