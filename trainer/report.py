@@ -1,4 +1,4 @@
-"""What became of an adapter, as one HTML file for people: who rated, what they preferred, what changed, what did not."""
+"""What became of an adapter, for people: who rated, what they preferred, what changed, what did not. One HTML file and its gist."""
 
 from __future__ import annotations
 
@@ -28,8 +28,12 @@ STEP_PLOTS = (
 )
 
 
-def report_of(record: AdapterRecord, registry: Registry, data_dir: Path, target: Path) -> None:
-    """Write the report of a trained adapter. Raises NotFound where it was not trained here."""
+FIGURES = ("length", "finished", "on_topic", "repetition", "refusal")
+"""Of the evaluation, with base and candidate."""
+
+
+def report_of(record: AdapterRecord, registry: Registry, data_dir: Path, target: Path) -> str:
+    """Write the report of a trained adapter and return its gist for a terminal. Raises NotFound where it was not trained here."""
     training = registry.attestations(record.id, "training")
     evaluation = registry.attestations(record.id, "evaluation")
     if not training or not evaluation:
@@ -39,27 +43,49 @@ def report_of(record: AdapterRecord, registry: Registry, data_dir: Path, target:
     reward: Any = json.loads(_read(folder / "reward.json"))
     details: Any = json.loads(_read(folder / "details.json"))
     rollouts = registry.rollouts(record.id)
-    template = jinja2.Environment(
-        loader=jinja2.PackageLoader("trainer"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).get_template("report.html")
-    page = template.render(
-        adapter=record,
-        manifest=record.manifest,
-        evaluation=evaluation[-1].body,
-        reward=reward,
-        details=details,
-        rollouts=rollouts,
-        metrics=metrics,
-        plots=[plot(metrics, *spec) for spec in STEP_PLOTS if metrics and metrics[0].get(spec[0]) is not None],
-        stopped_because=training[-1].body.get("stopped_because"),
-        seconds=training[-1].body.get("seconds"),
-        simulated=reward["simulated_raters"],
-        limits=LIMITS,
-    )
+    told: dict[str, Any] = {
+        "adapter": record,
+        "manifest": record.manifest,
+        "evaluation": evaluation[-1].body,
+        "figures": FIGURES,
+        "reward": reward,
+        "preferences": preferences(reward["tastes"]),
+        "details": details,
+        "rollouts": rollouts,
+        "people": [row["reason"] for rollout in rollouts for row in rollout.verdicts if row["name"] == "wins"],
+        "metrics": metrics,
+        "plots": [plot(metrics, *spec) for spec in STEP_PLOTS if metrics and metrics[0].get(spec[0]) is not None],
+        "stopped_because": training[-1].body.get("stopped_because"),
+        "seconds": training[-1].body.get("seconds"),
+        "simulated": reward["simulated_raters"],
+        "limits": LIMITS,
+    }
+    page, gist = (_rendered(name, told) for name in ("report.html", "report.txt"))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(target)
+    return gist
+
+
+def _rendered(name: str, told: dict[str, Any]) -> str:
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("trainer"),
+        autoescape=name.endswith(".html"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return templates.get_template(name).render(told)
+
+
+def preferences(tastes: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], list[str]]]:
+    """For each cohort what it surely likes and dislikes, the strongest first."""
+    sure = sorted((taste for taste in tastes if taste["low"] > 0 or taste["high"] < 0), key=lambda taste: -abs(taste["correlation"]))
+    cohorts = dict.fromkeys(taste["cohort"] for taste in tastes)
+    liked = {cohort: [taste["what"] for taste in sure if taste["cohort"] == cohort and taste["low"] > 0] for cohort in cohorts}
+    disliked = {cohort: [taste["what"] for taste in sure if taste["cohort"] == cohort and taste["high"] < 0] for cohort in cohorts}
+    return [(cohort, liked[cohort], disliked[cohort]) for cohort in cohorts if liked[cohort] or disliked[cohort]]
 
 
 def _read(path: Path) -> str:

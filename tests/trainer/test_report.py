@@ -70,7 +70,7 @@ def test_one_page_says_it_all(tmp_path: Path, tiny_policy: Path, make_adapter: M
     folder = tmp_path / "data"
     record = _trained(folder, tiny_policy, make_adapter, registry)
     target = folder / "reports" / "one.html"
-    report_of(record, registry, folder, target)
+    gist = report_of(record, registry, folder, target)
     page = target.read_text()
     words = re.sub(r"\s+", " ", page)
     assert record.id[:16] in page
@@ -83,6 +83,11 @@ def test_one_page_says_it_all(tmp_path: Path, tiny_policy: Path, make_adapter: M
     assert "+0.40" in page and "questions" not in page  # only what is surely preferred or disliked
     assert FACTS in page and "Peel it first." in page and "2 of 420 ratings dropped" in page
     assert "Control: the ratings were shuffled" not in page
+    assert (
+        "24 of 24 raters are simulated" in gist
+        and "24 raters gave 150 choices and 270 thumbs; the reward model foresees 66 % (58–74)" in gist
+    )
+    assert "\nbrief: likes finished\n" in gist and FACTS in gist and "\n  before: It\n  now:    Peel it first.\n" in gist
 
 
 def test_it_needs_nothing_from_elsewhere_and_runs_nothing(
