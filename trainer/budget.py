@@ -89,10 +89,9 @@ class Run:
             self.reason = f"KL {measured.kl_nats:.1f} > {self.settings.hard_stop:g} x {self.target:.1f} nats in step {measured.step}"
             self.steps.append(measured)
             return True
-        state = policy.state()
         if measured.kl_nats <= self.target:
-            self.good = (measured.step, state)
-        if measured.stop_score is not None and self._fallen(measured, state):
+            self.good = (measured.step, policy.state())
+        if measured.stop_score is not None and self._fallen(measured):
             self.steps.append(measured)
             return True
         if measured.step == self.settings.iterations:
@@ -100,9 +99,10 @@ class Run:
             return True
         return False
 
-    def _fallen(self, measured: Step, state: dict[str, Tensor]) -> bool:
+    def _fallen(self, measured: Step) -> bool:
         """Whether the other raters' reward model has fallen from its best by more than its noise, both as means of `patience` steps.
 
+        Then the adapter that was good at its best is released; one beyond the target never is, however well it did.
         Scores have unit sd, so the difference of two means of k·n replies has a standard error of sqrt(2 / (k·n)).
         """
         scores = [step.stop_score for step in (*self.steps, measured) if step.stop_score is not None]
@@ -110,15 +110,15 @@ class Run:
         if len(scores) < k:
             return False
         mean = sum(scores[-k:]) / k
+        assert self.good is not None
         if self.best_stop is None or mean > self.best_stop[0]:
-            self.best_stop = (mean, measured.step, state)
+            self.best_stop = (mean, *self.good)
             return False
         noise = 2 * (2 / (k * self.settings.rollouts)) ** 0.5
         if mean > self.best_stop[0] - noise:
             return False
-        if self.good is None or self.best_stop[1] < self.good[0]:
-            self.good = self.best_stop[1:]
-        self.reason = f"other raters' reward model fell from {self.best_stop[0]:.2f} in step {self.best_stop[1]} to {mean:.2f}"
+        self.good = self.best_stop[1:]
+        self.reason = f"other raters' reward model fell from {self.best_stop[0]:.2f} at step {self.good[0]} to {mean:.2f}"
         return True
 
     def finish(self, done: Step) -> None:

@@ -114,6 +114,20 @@ def test_other_raters_may_stop_it_earlier(folder: Path) -> None:
     assert result.released < result.steps[-1].step
 
 
+def test_an_earlier_stop_never_releases_what_was_beyond_the_target(folder: Path) -> None:
+    policy = Policy.load(folder)
+    control = Run(PPOSettings(kl_target_nats=2.0, patience=1, rollouts=8))
+    control.beta_for(10.0)
+    # Noise of one mean of 8 replies: 2·sqrt(2 / 8) = 1. Best at step 2, whose KL is above the target; then a fall by 4.
+    for step, (kl, score) in enumerate([(0.0, 0.0), (1.5, 2.0), (2.5, 3.0), (1.8, -1.0)]):
+        measured = Step(step=step, score=0, stop_score=score, kl_nats=kl, beta=0.5, reply_tokens=10, finished=1)
+        ended = control.judge(measured, policy)
+        assert ended == (step == 3)
+        if not ended:
+            control.finish(measured)
+    assert control.result(policy).released == 1
+
+
 def test_the_critic_starts_from_scored_replies(folder: Path) -> None:
     policy = Policy.load(folder)
     replies = policy.sample(PROMPTS * 2, max_tokens=8, temperature=0.7, seed=5)
