@@ -185,7 +185,8 @@ def tastes(labels: Labels) -> list[Taste]:
     ]
     scaled_RF = torch.cat([d / d.square().mean(0).sqrt().clamp(min=1e-9) if len(d) else d for d in differences])
     signs = [torch.where(choices.outcomes[decided] == A, 1.0, -1.0), torch.where(thumbs.outcomes == UP, 1.0, -1.0)]
-    signs_R = torch.cat([s - s.mean() for s in signs if len(s)]) if labels.count else torch.zeros(0)
+    centred = [s - s.mean() for s in signs if len(s)]
+    signs_R = torch.cat([s / s.square().mean().sqrt().clamp(min=1e-9) for s in centred]) if centred else torch.zeros(0)
     raters_R = torch.cat([choices.raters[decided], thumbs.raters])
     groups = {"everybody": set(range(len(labels.raters)))}
     for rater, cohorts in enumerate(labels.cohorts):

@@ -119,7 +119,10 @@ class Labels:
         generator = torch.Generator().manual_seed(seed)
         # A permutation alone would keep "a" and "b" attached to the sides; swapping by coin takes the rest of the meaning.
         swap = torch.rand(len(self.choices), generator=generator) < 0.5
-        outcomes = self.choices.outcomes[torch.randperm(len(self.choices), generator=generator)]
+        # Where "both bad" was not offered it must not land, so each kind of choice is permuted by itself.
+        outcomes = self.choices.outcomes.clone()
+        for kind in (self.choices.rejectable, ~self.choices.rejectable):
+            outcomes[kind] = outcomes[kind][torch.randperm(int(kind.sum()), generator=generator)]
         flipped = torch.where(outcomes == A, B, torch.where(outcomes == B, A, outcomes))
         thumbs = self.thumbs.outcomes[torch.randperm(len(self.thumbs), generator=generator)]
         return replace(

@@ -154,8 +154,9 @@ def minimise(problem: Problem, ridge: float, start: Tensor | None = None, tolera
 
     begin = torch.zeros_like(scale) if start is None else start / scale
     options = {"maxcor": 50, "maxiter": 500, "gtol": tolerance, "ftol": 0.0}
-    found = torch.from_numpy(scipy.optimize.minimize(objective, begin.numpy(), jac=True, method="L-BFGS-B", options=options).x) * scale
-    if not bool(torch.isfinite(found).all()):
+    result = scipy.optimize.minimize(objective, begin.numpy(), jac=True, method="L-BFGS-B", options=options)
+    found: Tensor = torch.from_numpy(result.x) * scale
+    if not (np.isfinite(result.fun) and bool(torch.isfinite(found).all())):
         raise TrainingRefused(f"reward model: the fit at ridge {ridge:g} is not finite; a feature or a weight is", field="ridge")
     return found
 

@@ -17,7 +17,7 @@ from trainer.config import RewardModelSettings
 from trainer.cycle import split_raters
 from trainer.feature_map import FeatureMap
 from trainer.held_out import clustered_mean, held_out, tastes
-from trainer.labels import Labels, check
+from trainer.labels import Labels, Thumbs, check
 from trainer.likelihood import BOTH_BAD
 from trainer.reward_model import Parameters, RewardModel, build_problem, compare, fit, folds_of, minimise, precisions, prompt_features
 from trainer.score import Normaliser, Scorer
@@ -57,6 +57,19 @@ def test_shuffling_permutes_and_keeps_counts() -> None:
     assert (shuffled.choices.outcomes == BOTH_BAD).sum() == (labels.choices.outcomes == BOTH_BAD).sum()
     assert not torch.equal(shuffled.thumbs.outcomes, labels.thumbs.outcomes)
     assert shuffled.digest == labels.shuffled(0).digest != labels.shuffled(1).digest
+
+
+def test_shuffling_puts_both_bad_only_where_it_was_offered() -> None:
+    labels = rated_world(3).labels
+    offered = (torch.arange(len(labels.choices)) % 2 == 0) | (labels.choices.outcomes == BOTH_BAD)
+    mixed = replace(labels, choices=replace(labels.choices, rejectable=offered))
+    shuffled = mixed.shuffled(0)
+    assert bool(offered[shuffled.choices.outcomes == BOTH_BAD].all())
+    assert not torch.equal(shuffled.choices.outcomes, mixed.choices.outcomes)
+    # Ratings that cannot have been given leave nothing to fit, and that is said.
+    broken = replace(mixed, choices=replace(mixed.choices, rejectable=torch.zeros_like(offered)))
+    with pytest.raises(TrainingRefused, match="not finite"):
+        fit(broken, LINEAR)
 
 
 def test_flipped_choices_and_thumbs_flip_the_score() -> None:
@@ -149,6 +162,19 @@ def test_tastes_name_what_cohorts_prefer() -> None:
     longer = found["everybody", "longer answers"]
     assert longer.low > 0 and "prefers longer answers" in longer.words
     assert found["even", "longer answers"].raters == RATERS // 2
+
+
+def test_correlation_of_a_taste_by_hand() -> None:
+    labels = rated_world(9).labels
+    # Answers of 10 and 20 tokens, so +-5 around their prompt's mean; 30 longer ones get a thumb up, 10 shorter ones a thumb down.
+    answers = tuple(replace(answer, tokens=10 + 10 * (i % 2)) for i, answer in enumerate(labels.answers))
+    rated = torch.tensor([1] * 30 + [0] * 10)
+    thumbs = Thumbs(rated, 1 - rated, torch.arange(40) % RATERS)
+    alone = replace(labels, answers=answers, thumbs=thumbs, choices=labels.choices.where(torch.zeros(len(labels.choices)).bool()))
+    (taste,) = [found for found in tastes(alone) if (found.cohort, found.what) == ("everybody", "longer answers")]
+    # Thumbs less their mean of 1/2: +1/2 and -3/2, root mean square sqrt((30/4 + 10·9/4) / 40) = sqrt(3/4).
+    # Mean product (30·1/2 + 10·3/2) / 40 = 3/4, so the correlation is (3/4) / sqrt(3/4) = sqrt(3/4).
+    assert taste.correlation == pytest.approx(math.sqrt(0.75), abs=1e-6)
 
 
 def test_each_prompt_gets_its_own_zero_and_the_base_its_unit() -> None:
