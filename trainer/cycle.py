@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from deploy.registry import Registry
 
 
+BASE_SEED, EVALUATION_SEED = 100_000, 200_000
+"""Far from PPO's seeds, which count its steps: equal seeds would give equal random numbers to answers that should be independent."""
+
+
 @dataclass(frozen=True)
 class CycleResult:
     """What a finished cycle leaves."""
@@ -195,13 +199,13 @@ class _Cycle:
             raise TrainingRefused(f"prompts: none of {len(texts)} fits into {room} tokens beside its answer", field="max_model_len")
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.settings.cycle.seed))
         chosen = [json.loads(prompts[int(i)]) for i in order[: self.settings.cycle.max_prompts]]
-        how = self._sampling(self.settings.reward_model.base_samples)
+        how = self._sampling(self.settings.reward_model.base_samples, BASE_SEED)
         replies = sample(self.policy, chosen, how, reference=True, progress=self.progress, what="answers of the base")
         _save_replies(path, replies, features_of(self.policy, replies, self.progress, "features of the base's answers"))
 
-    def _sampling(self, samples: int) -> Sampling:
+    def _sampling(self, samples: int, stream: int) -> Sampling:
         job = self.job
-        return Sampling(job.system_prompt, job.temperature, job.max_tokens, samples, self.settings.cycle.seed)
+        return Sampling(job.system_prompt, job.temperature, job.max_tokens, samples, self.settings.cycle.seed * 1_000_003 + stream)
 
     def fit_rewards(self) -> None:
         """The reward model, where raters suffice another one from other raters, and what can be said about both."""
@@ -304,11 +308,11 @@ class _Cycle:
         candidate = Policy.load(job.policy, adapter=self.folder / "policy")
         stable = Policy.load(job.policy, adapter=job.stable) if job.stable else None
         model = RewardModel.load(self.folder / "reward_model.safetensors")
-        how = self._sampling(settings.cycle.evaluation_samples)
+        how = self._sampling(settings.cycle.evaluation_samples, EVALUATION_SEED)
         body, details = evaluate(
             candidate, stable, model, job.held_out, job.probes, how, clip=settings.reward_model.clip, progress=self.progress
         )
-        body["facts"], details["facts"] = self._facts(candidate) if job.facts else (None, None)
+        body["facts"], details["facts"] = self._facts(candidate, stable) if job.facts else (None, None)
         body["kl_budget_nats"] = read_json(self.folder / "ppo.json")["kl_target_nats"]
         body["held_out_accuracy"] = read_json(self.folder / "reward.json")["accuracy"]["prompts"]
         body["shuffled"] = settings.cycle.shuffle_labels
@@ -316,13 +320,15 @@ class _Cycle:
         write_json(self.folder / "details.json", details)
         write_json(self.folder / "evaluation.json", body)
 
-    def _facts(self, candidate: Policy) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the gate reads and what the report shows."""
+    def _facts(self, candidate: Policy, stable: Policy | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the gate reads and what the report shows: against base or stable, whichever the candidate falls behind more."""
         job = self.job
-        base = facts_suite.margins(candidate, job.facts, job.system_prompt, reference=True, progress=self.progress)
         new = facts_suite.margins(candidate, job.facts, job.system_prompt, reference=False, progress=self.progress)
-        entities = [fact.entity for fact in job.facts]
-        facts = facts_suite.compare(base, new, entities, margin_points=self.settings.cycle.facts_margin_points)
+        before = [facts_suite.margins(candidate, job.facts, job.system_prompt, reference=True, progress=self.progress)]
+        if stable is not None:
+            before.append(facts_suite.margins(stable, job.facts, job.system_prompt, reference=False, progress=self.progress))
+        entities, margin = [fact.entity for fact in job.facts], self.settings.cycle.facts_margin_points
+        facts = min((facts_suite.compare(old, new, entities, margin_points=margin) for old in before), key=lambda found: found.low)
         figures = ("n", "base", "candidate", "diff", "low", "margin_points", "certifies_points")
         return {name: getattr(facts, name) for name in figures}, asdict(facts) | {"words": facts.words}
 
