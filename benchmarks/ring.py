@@ -172,6 +172,7 @@ def learned(world: int, seed: int, *, shuffled: bool) -> dict[str, Any]:
             "kl_nats": ppo["steps"][ppo["released"]]["kl_nats"],
             "kl_target_nats": ppo["kl_target_nats"],
             "held_out_accuracy": reward["accuracy"]["prompts"],
+            "likelihood_gain": reward["likelihood_gain"],
             "stopped_because": ppo["stopped_because"],
             "refused": [f"{each.name}: {each.reason}" for each in verdicts if each.verdict != "pass"],
             "stage_seconds": result.seconds,

@@ -89,8 +89,8 @@ class GateSettings(Section):
 
     min_gain: float = 0.0
     """The lower bound of the reward's gain must exceed this, against stable and against base."""
-    min_accuracy: float = Field(default=0.5, ge=0, lt=1)
-    """Share of choices on unseen prompts that the reward model must foresee, at the lower bound; 0.5 is a coin."""
+    min_likelihood_gain: float = Field(default=0.0, ge=0)
+    """Nats a rating of unseen prompts that the reward model must foresee beyond prompt and rater, at the lower bound."""
     min_prompts: int = Field(default=8, ge=2)
     """Held-out prompts below which a gain is not judged."""
     kl_slack: float = Field(default=1.5, ge=1)

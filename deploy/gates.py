@@ -27,7 +27,7 @@ class Evidence(BaseModel):
 
 
 class Gain(Evidence):
-    """Mean over held-out prompts of the rise of the normalised score, with its 95 % interval; the prompt is the unit."""
+    """A mean with its 95 % interval; the prompt is the unit."""
 
     mean: float
     low: float | None
@@ -58,22 +58,14 @@ class Facts(Evidence):
     """Smallest margin that so many items certify 80 % of the time for an unharmed candidate."""
 
 
-class Accuracy(Evidence):
-    """How often the reward model prefers what a person preferred, on prompts that it was not fitted to."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
 class Evaluation(Evidence):
     """Body of the attestation `evaluation`: everything that the gates read."""
 
     reward_gain_base: Gain
+    """Mean over held-out prompts of the rise of the normalised score."""
     reward_gain_stable: Gain
-    held_out_accuracy: Accuracy | None = None
-    """None where nobody chose between two answers, so that there is nothing to compare with."""
+    likelihood_gain: Gain
+    """Of the reward model: nats by which ratings of unseen prompts are likelier than by prompt and rater alone; n counts ratings."""
     kl_nats: float
     """Of whole replies at the serving temperature."""
     kl_budget_nats: float
@@ -185,7 +177,7 @@ class RewardGain:
 
 @dataclass(frozen=True)
 class RewardModelWorks:
-    """Does the reward model foresee choices on prompts it never saw? A gain under one that does not means nothing.
+    """Does the reward model foresee ratings on prompts it never saw? A gain under one that does not means nothing.
 
     This is what refuses shuffled labels even unannounced: PPO raises the score of any reward model, also of a random one.
     """
@@ -193,17 +185,17 @@ class RewardModelWorks:
     name: str = "reward model"
 
     def judge(self, found: Evaluation, settings: GateSettings) -> Verdict:
-        accuracy, least = found.held_out_accuracy, settings.min_accuracy
-        if accuracy is None:
+        gain, least = found.likelihood_gain, settings.min_likelihood_gain
+        if gain.low is None or not math.isfinite(gain.low):
             return Verdict.inconclusive(
-                self.name, "no choices between two answers to check the reward model with; ask some people to compare answers"
+                self.name, f"{gain.n} ratings of a single prompt cannot be foreseen; have people rate other prompts"
             )
-        figures = f"foresees {accuracy.value:.1%} of {accuracy.n} choices on unseen prompts, at least {accuracy.low:.1%}"
-        figure = {"name": self.name, "value": accuracy.low, "comparison": ">", "threshold": least}
-        if accuracy.low > least:
-            return Verdict(**figure, verdict="pass", reason=f"{figures} > {least:.0%}")
-        verdict = "fail" if accuracy.value <= least else "inconclusive"
-        return Verdict(**figure, verdict=verdict, reason=f"{figures}, needed > {least:.0%}; collect more choices and train again")
+        figures = f"foresees {gain.n} ratings of unseen prompts by {gain.mean:+.3f} nats each, at least {gain.low:+.3f}"
+        figure = {"name": self.name, "value": gain.low, "comparison": ">", "threshold": least}
+        if gain.low > least:
+            return Verdict(**figure, verdict="pass", reason=f"{figures} > {least:g}")
+        verdict = "fail" if gain.mean <= least else "inconclusive"
+        return Verdict(**figure, verdict=verdict, reason=f"{figures}, needed > {least:g}; collect more ratings and train again")
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ class RewardModelSettings(Section):
     """With fewer raters there is no second reward model."""
     watch_min_labels: int = Field(default=150, ge=1)
     """With fewer ratings there is no second reward model."""
-    min_accuracy: float = Field(default=0.5, ge=0, lt=1)
-    """Share of choices on unseen prompts that it must foresee, at the lower bound, before PPO optimises it; 0.5 is a coin."""
+    min_likelihood_gain: float = Field(default=0.0, ge=0)
+    """Nats a rating of unseen prompts that it must foresee, at the lower bound, before PPO optimises it."""
     allow_single_rater: bool = False
     """Train although all ratings are one rater's; the adapter then serves that rater only, and its evidence says so."""
     seed: int = 0

@@ -31,7 +31,7 @@ from feedback.snapshot import Snapshot
 from feedback.snapshot import load as load_snapshot
 from trainer import facts as facts_suite
 from trainer.evaluation import Sampling, evaluate, sample
-from trainer.held_out import held_out, tastes
+from trainer.held_out import held_out, likelihood_gain, tastes
 from trainer.labels import Labels, Progress, features_of, from_snapshot
 from trainer.policy import Policy, Reply
 from trainer.ppo import Options, Warmup, train
@@ -238,6 +238,7 @@ class _Cycle:
             "ratings_by_rater": {name: int(n) for name, n in zip(labels.raters, _ratings_by_rater(labels), strict=True)},
             "second": watch is not None,
             "accuracy": {name: asdict(value) if value else None for name, value in accuracy.items()},
+            "likelihood_gain": asdict(likelihood_gain(labels, settings, str(model.about["map"]), float(str(model.about["ridge"])))),
             "tastes": [asdict(taste) | {"words": taste.words} for taste in tastes(labels)],
             "warnings": warnings,
             "shuffled": self.settings.cycle.shuffle_labels,
@@ -294,11 +295,11 @@ class _Cycle:
 
     def _nothing_learned(self) -> str | None:
         """Why PPO has nothing to optimise, if so: it raises the score of any reward model, also of one that is noise."""
-        accuracy, least = read_json(self.folder / "reward.json")["accuracy"]["prompts"], self.settings.reward_model.min_accuracy
-        if accuracy is None or accuracy["low"] > least:
+        gain, least = read_json(self.folder / "reward.json")["likelihood_gain"], self.settings.reward_model.min_likelihood_gain
+        if gain["low"] is None or gain["low"] > least:
             return None
-        found = f"{accuracy['value']:.0%} of {accuracy['n']} choices on unseen prompts, at least {accuracy['low']:.0%}"
-        return f"the reward model foresees {found}; needed > {least:.0%} (reward_model.min_accuracy), so PPO was left out"
+        found = f"{gain['mean']:+.3f} nats a rating on unseen prompts, at least {gain['low']:+.3f}"
+        return f"the reward model foresees {found}; needed > {least:g} (reward_model.min_likelihood_gain), so PPO was left out"
 
     def judge(self) -> None:
         if (self.folder / "evaluation.json").exists():
@@ -314,7 +315,7 @@ class _Cycle:
         )
         body["facts"], details["facts"] = self._facts(candidate, stable) if job.facts else (None, None)
         body["kl_budget_nats"] = read_json(self.folder / "ppo.json")["kl_target_nats"]
-        body["held_out_accuracy"] = read_json(self.folder / "reward.json")["accuracy"]["prompts"]
+        body["likelihood_gain"] = read_json(self.folder / "reward.json")["likelihood_gain"]
         body["shuffled"] = settings.cycle.shuffle_labels
         Evaluation.model_validate(body)  # what the gates could not read must fail here, not there
         write_json(self.folder / "details.json", details)

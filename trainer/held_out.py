@@ -17,9 +17,11 @@ from trainer.config import RewardModelSettings
 from trainer.feature_map import FeatureMap
 from trainer.labels import Answer, Labels
 from trainer.likelihood import UP, A, B
-from trainer.reward_model import build_problem, folds_of, minimise, one_thread, prompt_features
+from trainer.reward_model import Parameters, build_problem, folds_of, minimise, one_thread, prompt_features
 
 MIN_RATINGS_FOR_TASTE = 20
+BLIND_RIDGE = 1e-9
+"""Variance of a score that is no score."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,42 @@ def choice_accuracy(labels: Labels, scores_N: Tensor) -> Accuracy:
     if found is None:
         raise TrainingRefused("accuracy: 0 choices between two answers, at least 1 is needed", field="labels")
     return found
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Nats by which a rating of an unseen prompt is likelier than without looking at answers; 95 % interval, prompts are the units."""
+
+    mean: float
+    low: float | None
+    """None where the interval has no end, as with one prompt."""
+    high: float | None
+    n: int
+    """Ratings."""
+
+
+@one_thread()
+def likelihood_gain(labels: Labels, settings: RewardModelSettings, kind: str, ridge: float) -> Gain:
+    """What the reward model foresees of all ratings, choices and thumbs, beyond what prompt and rater alone tell.
+
+    The same likelihood is fitted with and without a score of the answers. It sees more than the accuracy on decided choices, which
+    are few and turn on a coin where two answers are alike.
+    """
+    feature_map, prompts_QZ = FeatureMap.fit(kind, labels.features_ND, labels.prompts_N), prompt_features(labels)
+    prompts = int(labels.prompts_N.max()) + 1
+    fold_of = folds_of(prompts, settings.folds, settings.seed)
+    gains_R, prompt_R = [], []
+    for fold in range(int(fold_of.max()) + 1):
+        problem = build_problem(feature_map, labels.where_prompt(fold_of != fold), prompts_QZ, settings.max_rater_share)
+        seeing, blind = (Parameters.split(minimise(problem, variance), problem.sizes) for variance in (ridge, BLIND_RIDGE))
+        for prompt in (fold_of == fold).nonzero()[:, 0].tolist():
+            if (rated := labels.where_prompt(torch.arange(prompts) == prompt)).count == 0:
+                continue
+            gain = problem.loss(blind, rated, weighted=False) - problem.loss(seeing, rated, weighted=False)
+            gains_R += [gain / rated.count] * rated.count
+            prompt_R += [prompt] * rated.count
+    mean, low, high = clustered_mean(torch.stack(gains_R), torch.tensor(prompt_R))
+    return Gain(mean, low if np.isfinite(low) else None, high if np.isfinite(high) else None, len(gains_R))
 
 
 @one_thread()

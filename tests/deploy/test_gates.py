@@ -14,7 +14,7 @@ SETTINGS = GateSettings()
 GOOD: dict[str, Any] = {
     "reward_gain_base": {"mean": 0.8, "low": 0.5, "high": 1.1, "n": 24},
     "reward_gain_stable": {"mean": 0.4, "low": 0.1, "high": 0.7, "n": 24},
-    "held_out_accuracy": {"value": 0.7, "low": 0.6, "high": 0.8, "n": 120, "clusters": 40},
+    "likelihood_gain": {"mean": 0.05, "low": 0.02, "high": 0.08, "n": 420},
     "kl_nats": 2.5,
     "kl_budget_nats": 2.0,
     "facts": {"n": 3000, "base": 0.8, "candidate": 0.795, "diff": -0.005, "low": -0.012, "margin_points": 2.0, "certifies_points": 1.0},
@@ -49,9 +49,9 @@ def test_a_good_candidate_passes_every_gate() -> None:
     ("name", "changed", "outcome", "said"),
     [
         ("real labels", {"shuffled": True}, "fail", "shuffled as a control"),
-        ("reward model", {"held_out_accuracy": None}, "inconclusive", "ask some people to compare answers"),
-        ("reward model", {"held_out_accuracy": {"value": 0.49, "low": 0.4, "high": 0.58, "n": 120}}, "fail", "49.0% of 120"),
-        ("reward model", {"held_out_accuracy": {"value": 0.55, "low": 0.46, "high": 0.64, "n": 90}}, "inconclusive", "needed > 50%"),
+        ("reward model", {"likelihood_gain": {"mean": 0.1, "low": None, "high": None, "n": 9}}, "inconclusive", "rate other prompts"),
+        ("reward model", {"likelihood_gain": {"mean": 0.0, "low": -0.01, "high": 0.01, "n": 120}}, "fail", "120 ratings"),
+        ("reward model", {"likelihood_gain": {"mean": 0.02, "low": -0.01, "high": 0.05, "n": 90}}, "inconclusive", "needed > 0;"),
         ("gain over stable", {"reward_gain_stable": {"mean": 0.1, "low": -0.1, "high": 0.3, "n": 24}}, "inconclusive", "cannot tell"),
         ("gain over stable", {"reward_gain_stable": {"mean": -0.1, "low": -0.3, "high": 0.1, "n": 24}}, "fail", "collect more ratings"),
         ("gain over base", {"reward_gain_base": {"mean": 0.5, "low": 0.1, "high": 0.9, "n": 7}}, "inconclusive", "at least 8 are needed"),

@@ -29,7 +29,7 @@ MARA = ApiKey(id="m", owner="mara", person=True, scopes=("adapters:promote",), c
 LEARNED: dict[str, Any] = {
     "reward_gain_base": {"mean": 0.8, "low": 0.5, "high": 1.1, "n": 24},
     "reward_gain_stable": {"mean": 0.8, "low": 0.5, "high": 1.1, "n": 24},
-    "held_out_accuracy": {"value": 0.7, "low": 0.6, "high": 0.8, "n": 120},
+    "likelihood_gain": {"mean": 0.05, "low": 0.02, "high": 0.08, "n": 420},
     "kl_nats": 2.5,
     "kl_budget_nats": 3.0,
     "facts": {"n": 3000, "base": 0.8, "candidate": 0.8, "diff": 0.0, "low": -0.01, "margin_points": 2.0, "certifies_points": 1.0},
@@ -40,7 +40,7 @@ LEARNED: dict[str, Any] = {
     "on_topic": {"base": 0.9, "candidate": 0.9},
 }
 # What the same cycle shows on shuffled labels: a reward model at chance. PPO still raises that model's score.
-SHUFFLED = LEARNED | {"held_out_accuracy": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 120}}
+SHUFFLED = LEARNED | {"likelihood_gain": {"mean": 0.0, "low": -0.01, "high": 0.01, "n": 420}}
 
 
 class Ring:
@@ -183,7 +183,7 @@ def test_a_control_on_shuffled_labels_reaches_nobody(ring: Ring) -> None:
     assert ring.registry.active_rollout() is None
     ended = ring.registry.rollouts(control)[-1]
     assert (ended.state, ended.canary_ms) == ("stopped", None)
-    assert ended.reason.startswith("reward model: foresees 50.0% of 120 choices on unseen prompts, at least 40.0%, needed > ")
+    assert ended.reason.startswith("reward model: foresees 420 ratings of unseen prompts by +0.000 nats each, at least -0.010, needed > ")
     with pytest.raises(PromotionRefused, match=r"its rollout is 'stopped': reward model: foresees 50\.0%"):
         approve(ring.registry, ring.rollout.settings, control, MARA)
     ring.look(2)

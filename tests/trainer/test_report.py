@@ -40,6 +40,7 @@ EVALUATION: dict[str, Any] = {
     "reward_gain_stable": GAIN,
     "kl_nats": 4.2,
     "kl_budget_nats": 6.0,
+    "likelihood_gain": {"mean": 0.05, "low": 0.02, "high": 0.08, "n": 420},
     "shuffled": False,
     **{name: {"base": 0.125, "candidate": 0.75} for name in ("length", "finished", "on_topic", "repetition", "refusal")},
     "probes": [{"prompt": "How do I <b>cut</b>?", "base": "To cut <script>", "stable": "It", "candidate": "Peel it first."}],

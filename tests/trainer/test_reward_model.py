@@ -16,7 +16,7 @@ from feedback.snapshot import Row
 from trainer.config import RewardModelSettings
 from trainer.cycle import split_raters
 from trainer.feature_map import FeatureMap
-from trainer.held_out import clustered_mean, held_out, tastes
+from trainer.held_out import BLIND_RIDGE, clustered_mean, held_out, likelihood_gain, tastes
 from trainer.labels import Labels, Thumbs, check
 from trainer.likelihood import BOTH_BAD
 from trainer.reward_model import Parameters, RewardModel, build_problem, compare, fit, folds_of, minimise, precisions, prompt_features
@@ -266,3 +266,16 @@ def test_no_ratings_no_model() -> None:
     none = labels.select(torch.zeros(len(labels.choices), dtype=torch.bool), torch.zeros(len(labels.thumbs), dtype=torch.bool))
     with pytest.raises(TrainingRefused, match="0 ratings"):
         fit(none, QUICK)
+
+
+def test_the_likelihood_gain_tells_ratings_from_noise() -> None:
+    labels = rated_world(3).labels
+    real = likelihood_gain(labels, LINEAR, "linear", 1.0)
+    noise = likelihood_gain(labels.shuffled(0), LINEAR, "linear", 1.0)
+    assert real.n == noise.n == labels.count
+    assert real.low is not None and real.low > 0
+    assert noise.low is not None and noise.low < 0
+    # Without a score there is nothing to gain.
+    assert likelihood_gain(labels, LINEAR, "linear", BLIND_RIDGE).mean == 0.0
+    one = labels.where_prompt(torch.arange(int(labels.prompts_N.max()) + 1) == 0)
+    assert likelihood_gain(one, LINEAR, "linear", 1.0).low is None
