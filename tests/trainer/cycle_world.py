@@ -44,7 +44,7 @@ SETTINGS = LearningSettings(
 
 def utility(answer: str, finished: bool) -> float:
     """People like to hear of tea and bread, and answers that end."""
-    return answer.count("tea") + answer.count("bread") + finished - 1.0
+    return 2.0 * (answer.count("tea") + answer.count("bread") + finished - 1.0)
 
 
 def _answered(
