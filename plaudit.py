@@ -187,11 +187,10 @@ def trainer(config_path: ConfigPath = None, poll_s: Annotated[float, typer.Optio
 
 
 def _train(settings: Settings, stores: Stores, registry: Registry, shuffle: bool) -> str:
-    from trainer.start import learn
+    from trainer.start import giving_way, learn
 
-    os.nice(max(0, settings.cycle.niceness - os.nice(0)))
     cycle = settings.cycle.model_copy(update={"shuffle_labels": shuffle or settings.cycle.shuffle_labels})
-    with Steps() as steps:
+    with giving_way(settings.cycle.niceness), Steps() as steps:
         result = learn(stores, registry, policy_folder(settings), settings.policy, (settings.reward_model, settings.ppo, cycle), steps)
     return f"candidate {result.adapter_id} ({result.folder})"
 
@@ -331,6 +330,7 @@ def show_settings(config_path: ConfigPath = None) -> None:
 def main(run: Callable[[], None] = app) -> None:
     """The entry point: one line for every error that we raise on purpose, no traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would break into our own progress
     try:
         run()
     except PlauditError as error:
