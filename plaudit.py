@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from rich.table import Table
 from deploy.config import EngineSettings, GateSettings, PolicySettings, RolloutSettings
 from deploy.registry import Registry
 from feedback import config
-from feedback.errors import ConfigError, InvalidInput, PlauditError
+from feedback.errors import ConfigError, Conflict, InvalidInput, PlauditError
 from feedback.keys import SCOPES, ApiKey, Scope
 from feedback.stores import Stores, open_stores
 from serving.config import ComparisonSettings, GatewaySettings, RecordSettings, ServerSettings
@@ -34,7 +35,10 @@ feedback_app = typer.Typer(no_args_is_help=True, help="What people said.")
 keys_app = typer.Typer(no_args_is_help=True, help="Who may do what.")
 for group, commands in (("adapters", adapters_app), ("feedback", feedback_app), ("keys", keys_app)):
     app.add_typer(commands, name=group)
-console = Console(highlight=False)
+# Names, paths and messages are printed as they are: what looks like markup in them is not ours, and a pipe must not break a line.
+console, errors = (Console(stderr=stderr, highlight=False, markup=False, emoji=False) for stderr in (False, True))
+say = partial(console.print, soft_wrap=True)
+complain = partial(errors.print, soft_wrap=True, style="red")
 ADMIN: tuple[Scope, ...] = SCOPES
 
 
@@ -91,7 +95,7 @@ class Steps:
         began = self._started.setdefault(what, time.monotonic())
         if share >= 1 and what not in self._tasks:
             self._tasks[what] = True
-            console.print(f"{what}: {time.monotonic() - began:.0f} s")
+            say(f"{what}: {time.monotonic() - began:.0f} s")
 
 
 @contextmanager
@@ -140,6 +144,10 @@ def up(config_path: ConfigPath = None) -> None:
     from serving.service import Service
 
     with opened(config_path, "gateway") as (settings, stores, registry):
+        if stores.log.partition != "gateway":
+            raise Conflict(
+                f"feedback.data_dir {settings.feedback.data_dir}: another `plaudit up` runs on it; stop that one or choose another folder"
+            )
         _first_key(stores, settings)
         gateway = GatewaySettings(
             server=settings.server,
@@ -151,17 +159,20 @@ def up(config_path: ConfigPath = None) -> None:
         service = Service(stores, registry, gateway, settings.engine, settings.rollout, settings.gates)
         service.prepare(policy_folder(settings))
         with Steps() as steps:
-            asyncio.run(service.run(lambda what, share: steps(f"model server: {what}" if what != "ready" else what, share), _ready))
+            status = asyncio.run(
+                service.run(lambda what, share: steps(f"model server: {what}" if what != "ready" else what, share), _ready)
+            )
+    raise typer.Exit(status)
 
 
 def _ready(url: str) -> None:
-    console.print(f"Plaudit answers at [bold]{url}[/] (chat page, POST {url}/v1/chat/completions)")
+    say(f"Plaudit answers at {url} (chat page, POST {url}/v1/chat/completions)")
 
 
 def _first_key(stores: Stores, settings: Settings) -> None:
     if stores.api_keys.count() == 0 and settings.feedback.auth:
         key, secret = stores.api_keys.create("admin", ADMIN, person=True)
-        console.print(f"First start: the admin's key {key.id} is shown this once:\n  {secret}")
+        say(f"First start: the admin's key {key.id} is shown this once:\n  {secret}")
 
 
 @app.command()
@@ -170,7 +181,7 @@ def train(
 ) -> None:
     """One cycle: snapshot, reward model, PPO, evaluation, candidate. Goes on where a killed one stopped."""
     with opened(config_path, "trainer") as (settings, stores, registry):
-        console.print(_train(settings, stores, registry, shuffle_labels))
+        say(_train(settings, stores, registry, shuffle_labels))
 
 
 @app.command()
@@ -182,7 +193,7 @@ def trainer(config_path: ConfigPath = None, poll_s: Annotated[float, typer.Optio
         while True:
             stores.ingest()
             if should_train(stores.archive, settings.cycle, settings.feedback.data_dir):
-                console.print(_train(settings, stores, registry, False))
+                say(_train(settings, stores, registry, False))
             time.sleep(poll_s)
 
 
@@ -204,10 +215,10 @@ def demo(
     from examples.ring import Ring
 
     with Steps() as steps:
-        ring = Ring(policy, Path("data"), steps, console.print)
+        ring = Ring(policy, Path("data"), steps, say)
         closed = asyncio.run(ring.turn())
     if closed and (sys.stdin.isatty() if stay is None else stay):
-        console.print("Ctrl-C stops it.")
+        say("Ctrl-C stops it.")
         ring.wait()
     ring.stop()
     raise typer.Exit(0 if closed else 1)
@@ -224,7 +235,7 @@ def report(
         record = registry.adapter(adapter)
         target = out or settings.feedback.data_dir / "reports" / f"{record.id}.html"
         report_of(record, registry, settings.feedback.data_dir, target)
-        console.print(f"report: {target}")
+        say(f"report: {target}")
 
 
 @feedback_app.command("import")
@@ -238,8 +249,8 @@ def import_pairs(
         result = import_file(file, source, stores.log, stores.subjects, settings.feedback.tenant)
         stores.ingest()
     for line, field, message in result.errors:
-        console.print(f"line {line}: {field}: {message}", style="red", soft_wrap=True)
-    console.print(f"{result.added} pairs added, {result.skipped} were there already, {len(result.errors)} lines refused")
+        complain(f"line {line}: {field}: {message}")
+    say(f"{result.added} pairs added, {result.skipped} were there already, {len(result.errors)} lines refused")
     if result.errors:
         raise typer.Exit(1)
 
@@ -282,14 +293,14 @@ def promote(adapter: str, key: KeyOption, config_path: ConfigPath = None) -> Non
 
     with opened(config_path, "operator") as (settings, stores, registry):
         done = approve(registry, settings.rollout, adapter, stores.api_keys.check(key))
-        console.print(f"{done.adapter[:16]} is stable: {done.reason}")
+        say(f"{done.adapter[:16]} is stable: {done.reason}")
 
 
 @adapters_app.command("rollback")
 def rollback(key: KeyOption, reason: Annotated[str, typer.Option(help="Goes into the audit.")], config_path: ConfigPath = None) -> None:
     """`previous` answers again."""
     with opened(config_path, "operator") as (_, stores, registry):
-        console.print(f"{registry.rollback(_promoter(stores, key).owner, reason)[:16]} is stable again")
+        say(f"{registry.rollback(_promoter(stores, key).owner, reason)[:16]} is stable again")
 
 
 @adapters_app.command("stop")
@@ -298,7 +309,7 @@ def stop_rollout(key: KeyOption, reason: Annotated[str, typer.Option(help="Goes 
     from deploy.rollout import stop
 
     with opened(config_path, "operator") as (_, stores, registry):
-        console.print(stop(registry, reason, stores.api_keys.check(key)).reason)
+        say(stop(registry, reason, stores.api_keys.check(key)).reason)
 
 
 def _promoter(stores: Stores, secret: str) -> ApiKey:
@@ -318,7 +329,7 @@ def create_key(
     with opened(config_path, "operator") as (_, stores, _registry):
         wanted: Any = tuple(scope.strip() for scope in scopes.split(",") if scope.strip())
         key, secret = stores.api_keys.create(owner, wanted, person=person)
-        console.print(f"key {key.id} of '{owner}': {secret}")
+        say(f"key {key.id} of '{owner}': {secret}")
 
 
 @app.command("settings")
@@ -334,7 +345,7 @@ def main(run: Callable[[], None] = app) -> None:
     try:
         run()
     except PlauditError as error:
-        console.print(f"plaudit: {error.message}", style="red", soft_wrap=True)
+        complain(f"plaudit: {error.message}")
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import structlog
@@ -72,8 +76,8 @@ class Service:
             self.server = VllmServer(policy, "base", self.engine_settings, folder, max_model_len=policy_settings.max_model_len)
             self.engine = VLLM(self.server.url)
 
-    async def run(self, progress: Progress, ready: Callable[[str], None]) -> None:
-        """Serve until SIGINT or SIGTERM. `ready` hears the address once stable is loaded."""
+    async def run(self, progress: Progress, ready: Callable[[str], None]) -> int:
+        """Serve until SIGINT or SIGTERM; returns the exit status. `ready` hears the address once stable is loaded."""
         assert self.engine is not None, "prepare first"
         held = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -86,15 +90,15 @@ class Service:
         agent = ReplicaAgent(self.engine, self.server, self.registry.wanted, report, self.rollout_settings.drain_s)
         judge = Rollout(self.registry, self.stores.archive, self.engine, self.rollout_settings, self.gate_settings)
         app = create_app(self.stores, self.registry, self.engine, self.gateway)
-        server = self.gateway.server
-        http = uvicorn.Server(uvicorn.Config(app, host=server.host, port=server.port, log_level="warning", timeout_graceful_shutdown=5))
+        listener = listen(self.gateway.server.host, self.gateway.server.port)
+        http = _Http(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         tasks = [
             asyncio.create_task(agent.run(progress)),
             asyncio.create_task(Controller(judge, self.stores.log).run()),
             asyncio.create_task(self._archive()),
-            asyncio.create_task(_announce(http, held, ready)),
+            asyncio.create_task(_announce(listener, held, ready)),
         ]
-        serving = asyncio.create_task(_serve(http))
+        serving = asyncio.create_task(http.serve([listener]))
         try:
             # The agent ends by itself only where the model server cannot be started at all.
             done, _ = await asyncio.wait([serving, tasks[0]], return_when=asyncio.FIRST_COMPLETED)
@@ -106,36 +110,56 @@ class Service:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        return http.status
 
     async def _archive(self) -> None:
         """Carry committed events into the archive, and forget what nobody rated in time."""
-        expired_at = 0.0
+        expired_at, said = 0.0, ""
         while True:
             try:
                 await asyncio.to_thread(self.stores.ingest)
                 if asyncio.get_running_loop().time() - expired_at > 3600:
                     await asyncio.to_thread(self.stores.expire)
                     expired_at = asyncio.get_running_loop().time()
+                said = ""
             except PlauditError as error:
-                log.warning("archive not written", reason=error.message)
+                if error.message != said:  # a failure that lasts is told once: on a full disk the log would grow by itself
+                    log.warning("archive not written", reason=error.message)
+                    said = error.message
             await asyncio.sleep(ARCHIVE_EVERY_S)
 
 
-async def _serve(http: uvicorn.Server) -> None:
-    """uvicorn exits the process where it cannot bind; here that is an error like others."""
+class _Http(uvicorn.Server):
+    """uvicorn that remembers which signal ended it, instead of raising it again while everything else is still ending.
+
+    A second signal changes nothing: what is still to be done is bounded in time."""
+
+    status = 1
+    """The exit status: 128 and the signal's number, as shells count."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.status, self.should_exit = 128 + sig, True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError where another process has the port or the address is not this machine's."""
     try:
-        await http.serve()
-    except SystemExit as exc:
-        port = http.config.port
-        raise ConfigError(f"server.port {port} on {http.config.host} cannot be listened on; is another process using it?") from exc
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as exc:
+        taken = f"server.port is {port}, which cannot be listened on at server.host {host} ({exc.strerror})"
+        raise ConfigError(f"{taken}; choose another one, or 0 for a free one", field="server.port") from exc
 
 
-async def _announce(http: uvicorn.Server, held: asyncio.Event, ready: Callable[[str], None]) -> None:
+async def _announce(listener: socket.socket, held: asyncio.Event, ready: Callable[[str], None]) -> None:
+    host, port = listener.getsockname()[:2]
     await held.wait()
-    while not http.started:
-        await asyncio.sleep(0.05)
-    host, port = http.servers[0].sockets[0].getsockname()[:2]
-    ready(f"http://{host}:{port}")
+    ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
 
 def echo(name: str, messages: Sequence[Mapping[str, Any]]) -> str:

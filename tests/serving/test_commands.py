@@ -1,0 +1,116 @@
+"""The command line as a process: how it ends, what it refuses, what it prints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = """
+[policy]
+base = "{policy}"
+[engine]
+kind = "scripted"
+[server]
+port = {port}
+"""
+pytestmark = pytest.mark.slow
+
+Up = Callable[[int], tuple[subprocess.Popen[str], str, str]]
+"""(port) -> process, address, the admin's key; empty where it is not the first start."""
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # A shell's background job ignores SIGINT, and so would its children.
+    ctrl_c = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    return subprocess.Popen(
+        [sys.executable, "-m", "plaudit", *words],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=ctrl_c,
+    )
+
+
+def run(folder: Path, *words: str) -> tuple[int, str, str]:
+    """Exit status, what it printed, and its errors."""
+    with start(folder, *words) as process:
+        printed, errors = process.communicate(timeout=60)
+    return process.returncode, printed, errors
+
+
+@pytest.fixture
+def up(tmp_path: Path, tiny_policy: Path) -> Iterator[Up]:
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(port: int) -> tuple[subprocess.Popen[str], str, str]:
+        (tmp_path / "plaudit.toml").write_text(SETTINGS.format(policy=tiny_policy, port=port))
+        process = start(tmp_path, "up")
+        running.append(process)
+        key = ""
+        assert process.stdout is not None
+        for line in process.stdout:
+            key = line.strip() if line.strip().startswith("pl_") else key
+            if "answers at" in line:
+                return process, line.split()[3], key
+        raise AssertionError(process.stderr and process.stderr.read())
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_and_a_second_one_changes_nothing(up: Up, number: signal.Signals) -> None:
+    process, url, key = up(0)
+    body = {"model": "plaudit", "messages": [{"role": "user", "content": "word " * 500}], "max_tokens": 1000, "stream": True}
+    with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}) as reply:
+        process.send_signal(number)
+        process.send_signal(number)
+        assert reply.read().endswith(b"data: [DONE]\n\n"), "an answer in flight goes on to its end"
+    printed, errors = process.communicate(timeout=20)
+    assert (process.returncode, printed, errors) == (128 + number, "", "")
+
+
+def test_killed_in_mid_stream_it_starts_again_with_what_it_had(up: Up, tmp_path: Path) -> None:
+    process, url, key = up(0)
+    body = {"model": "plaudit", "messages": [{"role": "user", "content": "word " * 800}], "max_tokens": 1000, "stream": True}
+    with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}) as reply:
+        token = {"Authorization": f"Feedback {reply.headers['plaudit-feedback-token']}"}
+        assert httpx2.post(f"{url}/v1/feedback", json={"kind": "rating", "value": "up"}, headers=token).status_code == 200
+        process.kill()
+    process.wait()
+    _, url, again = up(0)
+    assert again == "", "the admin's key is shown once"
+    assert httpx2.get(f"{url}/v1/feedback", headers=token).json()["state"]["rating"] == "up"
+    assert httpx2.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_a_second_one_is_refused_on_the_folder_and_on_the_port(up: Up, tmp_path: Path) -> None:
+    _, url, _ = up(0)
+    code, _, errors = run(tmp_path, "up")
+    assert code == 1 and "another `plaudit up` runs on it" in errors and len(errors.splitlines()) == 1
+    port = int(url.rpartition(":")[2])
+    settings = tmp_path / "other.toml"
+    text = (tmp_path / "plaudit.toml").read_text().replace("port = 0", f"port = {port}")
+    settings.write_text(f'[feedback]\ndata_dir = "other"\n{text}')
+    code, _, errors = run(tmp_path, "up", "--config", "other.toml")
+    assert code == 2 and f"server.port is {port}" in errors and len(errors.splitlines()) == 1
+
+
+def test_what_looks_like_markup_is_printed_as_it_is(tmp_path: Path) -> None:
+    code, printed, errors = run(tmp_path, "adapters", "show", "[/b]")
+    assert (code, printed) == (1, "") and errors.startswith("plaudit: adapter: there is none with id '[/b]'")
+    code, printed, _ = run(tmp_path, "keys", "create", "--owner", f"[red]{'a long name ' * 10}[/red]", "--scopes", "chat")
+    assert code == 0 and "[red]a long" in printed and len(printed.splitlines()) == 1
