@@ -66,7 +66,7 @@ def import_file(path: Path, source: str, log: SqliteLog, subjects: Subjects, ten
     began = log.clock.tick()
     seen: set[str] = set()
     batch: list[list[Event]] = []
-    for number, line in _lines(path):
+    for number, line in _lines(path, result):
         if not line.strip():
             continue
         try:
@@ -83,6 +83,8 @@ def import_file(path: Path, source: str, log: SqliteLog, subjects: Subjects, ten
             _store(batch, log, began, result)
             batch = []
     _store(batch, log, began, result)
+    if not (result.added or result.skipped or result.errors):
+        raise InvalidInput(f"the file {path} holds no lines", field="file")
     return result
 
 
@@ -96,14 +98,22 @@ def _store(batch: list[list[Event]], log: SqliteLog, began: int, result: ImportR
                 result.skipped += 1
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered from 1; bytes that are no UTF-8 arrive as surrogates and are refused with their line."""
+def _lines(path: Path, result: ImportResult) -> Iterator[tuple[int, str]]:
+    """Numbered from 1; bytes that are no UTF-8 arrive as surrogates and are refused with their line. A file that breaks off is an error
+    of the line where it does; one of which nothing can be read raises InvalidInput."""
+    number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
-                yield number, raw.decode("utf-8", "surrogateescape")
+            while raw := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                yield number, raw.decode("utf-8-sig", "surrogateescape")
+                while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):  # the rest of a line that is too long is no line of its own
+                    raw = file.readline(MAX_LINE_BYTES + 1)
     except (OSError, EOFError, zlib.error) as exc:
-        raise InvalidInput(f"the file {path} cannot be read: {exc}", field="file") from exc
+        reason = getattr(exc, "strerror", None) or exc
+        if number == 0:
+            raise InvalidInput(f"the file {path} cannot be read: {reason}", field="file") from exc
+        result.errors.append((number + 1, "file", f"the rest of {path} cannot be read: {reason}"))
 
 
 def _parse(line: str) -> _Pair:
@@ -118,6 +128,11 @@ def _parse(line: str) -> _Pair:
         raise InvalidInput(f"the line is not JSON: {exc}", field="line") from exc
     if not isinstance(record, dict):
         raise InvalidInput("the line is not a JSON object", field="line")
+    for name in ("prompt", "chosen", "rejected", "rater"):
+        try:
+            json.dumps(record.get(name), ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError) as exc:
+            raise InvalidInput(f"{name} cannot be written as UTF-8: {exc}", field=name) from exc
     rater = record.get("rater")
     if rater is not None and not (isinstance(rater, str) and 0 < len(rater) <= 200):
         raise InvalidInput("rater must be a string of 1 to 200 characters", field="rater")
