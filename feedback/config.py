@@ -6,13 +6,14 @@ its own section as a `Section`; the process that needs several composes them by 
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from feedback.errors import ConfigError
 
@@ -33,7 +34,7 @@ class FeedbackSettings(Section):
     tenant: str = Field(default="default", min_length=1, max_length=64)
     """Written into every event; one deployment serves one tenant."""
     token_expiry_s: int = Field(default=7 * 24 * 3600, ge=60, le=30 * 24 * 3600)
-    """How long a feedback token may be used; at most 30 days, because unrated interactions are gone by then."""
+    """How long a feedback token may be used; no longer than unrated interactions are kept."""
     unrated_expiry_days: int = Field(default=30, ge=1)
     """Interactions that nobody rated are deleted from the archive after so many days."""
     ack: Literal["local", "broker"] = "local"
@@ -42,6 +43,15 @@ class FeedbackSettings(Section):
     """With `ack = "broker"`: how long to wait for Kafka before saying 503."""
     auth: bool = True
     """Ask for an API key; without it everybody who reaches the port may chat and rate."""
+
+    @model_validator(mode="after")
+    def tokens_expire_first(self) -> FeedbackSettings:
+        """A rating of an answer that was deleted would be acknowledged and never count."""
+        if self.token_expiry_s > self.unrated_expiry_days * 24 * 3600:
+            raise ValueError(
+                f"token_expiry_s is {self.token_expiry_s}, more than the {self.unrated_expiry_days} days of unrated_expiry_days"
+            )
+        return self
 
 
 class KafkaSettings(Section):
@@ -70,12 +80,12 @@ class KafkaSettings(Section):
 class RegistrySettings(Section):
     """`[registry]`: the database of adapters, routes, API keys and subjects' keys."""
 
-    url: str | None = None
-    """SQLAlchemy URL; without it `registry.sqlite` in the data folder."""
+    url: SecretStr | None = None
+    """SQLAlchemy URL, which may hold a password; without it `registry.sqlite` in the data folder."""
 
     def resolved(self, data_dir: Path) -> str:
         """The URL to connect to."""
-        return self.url or f"sqlite:///{(data_dir / 'registry.sqlite').absolute()}"
+        return self.url.get_secret_value() if self.url else f"sqlite:///{(data_dir / 'registry.sqlite').absolute()}"
 
 
 class Settings(BaseSettings):
@@ -108,11 +118,13 @@ def load(settings_class: type[S], path: Path | None = None) -> S:
     values = _read(path) if path else {}
     known = settings_class.model_fields
     for name in os.environ:
-        section = name.removeprefix(ENV_PREFIX).split("__")[0].lower()
+        section = name.upper().removeprefix(ENV_PREFIX).split("__")[0].lower()
         if name.upper().startswith(ENV_PREFIX) and section not in known:
             raise ConfigError(f"{name} sets section '{section}', which does not exist; sections are {', '.join(known)}", field=section)
     try:
         return settings_class(**values)  # type: ignore[arg-type]  # pydantic checks what the file holds
+    except SettingsError as exc:
+        raise _not_json(exc) from exc
     except ValidationError as exc:
         where, message = _first_problem(exc)
         raise ConfigError(f"setting {where}: {message}", field=where) from None
@@ -127,10 +139,19 @@ def _read(path: Path) -> dict[str, object]:
         raise ConfigError(f"the settings file {path} is not TOML: {exc}", field="config") from exc
 
 
+def _not_json(exc: SettingsError) -> ConfigError:
+    """The environment can give lists and whole sections as JSON only."""
+    given = exc.__cause__.doc if isinstance(exc.__cause__, json.JSONDecodeError) else None
+    names = [name for name, value in os.environ.items() if name.upper().startswith(ENV_PREFIX) and value == given]
+    return ConfigError(f"{' or '.join(names)} must be JSON, because it sets a list or a section: {exc.__cause__}", field="environment")
+
+
 def _first_problem(exc: ValidationError) -> tuple[str, str]:
     first = exc.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return where, "is not known; look for a misspelling"
-    secret = "password" in where or "secret" in where
+    if first["type"] == "value_error":
+        return where, first["msg"].removeprefix("Value error, ")
+    secret = "password" in where or "secret" in where or where == "registry.url"
     return where, f"{first['msg']}, got {'***' if secret else repr(first['input'])}"

@@ -26,6 +26,7 @@ def test_the_file_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch: 
         ("[feedback]\ntoken_expires = 600\n", r"feedback\.token_expires.*not known"),
         ("[feedback]\ntoken_expiry_s = 5\n", r"feedback\.token_expiry_s.*60.*got 5"),
         ("[kitchen]\nsink = 1\n", r"kitchen.*not known"),
+        ("[feedback]\nunrated_expiry_days = 1\n", r"token_expiry_s is 604800, more than the 1 days of unrated_expiry_days"),
         ("[feedback\n", "not TOML"),
     ],
 )
@@ -44,10 +45,21 @@ def test_a_missing_file_and_an_unknown_variable_are_refused(tmp_path: Path, monk
         load(Settings)
 
 
+def test_a_list_in_the_environment_is_json_and_names_may_be_lower_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("plaudit__feedback__tenant", "acme")
+    assert load(Settings).feedback.tenant == "acme"
+    monkeypatch.setenv("PLAUDIT__KAFKA", '{"sasl_password": "hunter2"')
+    with pytest.raises(ConfigError, match="PLAUDIT__KAFKA must be JSON") as caught:
+        load(Settings)
+    assert "hunter2" not in str(caught.value)
+
+
 def test_passwords_are_never_shown(tmp_path: Path) -> None:
     path = tmp_path / "plaudit.toml"
-    path.write_text('[kafka]\nsasl_password = "hunter2"\n')
-    assert "hunter2" not in repr(load(Settings, path))
+    path.write_text('[kafka]\nsasl_password = "hunter2"\n[registry]\nurl = "postgresql://ann:hunter2@db/plaudit"\n')
+    settings = load(Settings, path)
+    assert "hunter2" not in repr(settings) and "hunter2" not in settings.model_dump_json()
+    assert settings.registry.resolved(tmp_path) == "postgresql://ann:hunter2@db/plaudit"
     path.write_text('[kafka]\nsasl_password = ["hunter2"]\n')
     with pytest.raises(ConfigError) as caught:
         load(Settings, path)
