@@ -45,11 +45,11 @@ class Ids:
         body_hash = hashlib.sha256(body).hexdigest()
         return _as_uuid(self.digest("feedback", tenant, subject, slot, idempotency_key, target, body_hash))
 
-    def idempotency(self, tenant: str, subject: str, slot: Slot, idempotency_key: str | None) -> str | None:
+    def idempotency(self, tenant: str, subject: str, idempotency_key: str | None) -> str | None:
         """For the field `idempotency` of an event: the log refuses it under another event_id."""
         if idempotency_key is None:
             return None
-        return self.digest("idempotency", tenant, subject, slot, idempotency_key).hex()
+        return self.digest("idempotency", tenant, subject, idempotency_key).hex()
 
 
 def _as_uuid(digest: bytes) -> str:

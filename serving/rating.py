@@ -90,7 +90,13 @@ async def give(request: Request) -> JSONResponse:
     said = parse(body)
     if claims is None:
         claims = await asyncio.to_thread(claims_of_key, gateway, said.interaction_id)
+    elif said.interaction_id not in (None, claims.target):
+        raise InvalidInput(
+            f"interaction_id: {shown(said.interaction_id)} is not what the token is about; leave it out.", field="interaction_id"
+        )
     require(claims, said.kind)
+    if said.slot:
+        require(claims, said.slot)
     # Off the event loop: sealing may write a new person's key, and what they said so far is read from disk.
     standing = await asyncio.to_thread(gateway.standings.of, claims)
     text = FeedbackText(comment=said.comment, correction=said.correction)
@@ -153,7 +159,7 @@ def as_event(gateway: Gateway, claims: Claims, said: Said, body: bytes, key: str
     ids = gateway.stores.subjects.ids
     slot: Slot = said.slot if said.kind == "clear" and said.slot else said.kind  # type: ignore[assignment]  # every other kind is a slot
     event_id = ids.feedback(claims.tenant, claims.subject, slot, claims.target, body, key) if key else new_id()
-    idempotency = ids.idempotency(claims.tenant, claims.subject, slot, key)
+    idempotency = ids.idempotency(claims.tenant, claims.subject, key)
     if said.kind == "clear":
         return FeedbackCleared(
             event_id=event_id,

@@ -92,8 +92,9 @@ def test_an_idempotency_key(world: World) -> None:
     for thread in threads:
         thread.join()
     assert len(ids) == 8 and len(set(ids)) == 1 and len(given(world)) == 1
-    refused = world.feedback(token, down, **key)
-    assert refused.status_code == 422 and refused.json()["error"]["code"] == "idempotency_mismatch"
+    for other in (down, {"kind": "comment", "comment": "nice"}):
+        refused = world.feedback(token, other, **key)
+        assert refused.status_code == 422 and refused.json()["error"]["code"] == "idempotency_mismatch"
     assert world.feedback(token, up, **{"Idempotency-Key": "x" * 256}).status_code == 400
 
 
@@ -143,10 +144,19 @@ def test_what_is_refused_names_field_and_value(world: World, body: object, field
     assert given(world) == []
 
 
+def test_an_interaction_id_must_be_the_tokens(world: World) -> None:
+    receipt = world.chat("hi").json()["plaudit"]
+    up = {"kind": "rating", "value": "up"}
+    assert world.feedback(receipt["token"], up | {"interaction_id": receipt["interaction_id"]}).status_code == 200
+    other = world.feedback(receipt["token"], up | {"interaction_id": "another"})
+    assert other.status_code == 400 and other.json()["error"]["param"] == "interaction_id" and len(given(world)) == 1
+
+
 def test_an_answer_is_not_chosen_and_a_comparison_not_rated(world: World) -> None:
     answer = token_of(world.chat("hi"))
     reply = world.feedback(answer, {"kind": "choice", "value": "a"})
     assert reply.status_code == 403 and "choice" in reply.json()["error"]["message"]
+    assert world.feedback(answer, {"kind": "clear", "slot": "choice"}).status_code == 403
     pair = world.chat("hi", compare=True).json()["plaudit"]
     assert world.feedback(pair["token"], {"kind": "rating", "value": "up"}).status_code == 403
     assert world.feedback(pair["interactions"][1]["token"], {"kind": "rating", "value": "up"}).status_code == 200
