@@ -6,14 +6,16 @@ SQLite for one machine, any SQLAlchemy URL (PostgreSQL) for several. Each room c
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, MetaData, create_engine, event
+from sqlalchemy import Connection, Engine, MetaData, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from feedback.errors import ConfigError
+from feedback.errors import ConfigError, NotDurable
 
 
 def open_database(url: str) -> Engine:
@@ -33,6 +35,16 @@ def open_database(url: str) -> Engine:
 def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
     for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Connection]:
+    """All or nothing, committed at the end. Raises NotDurable where the database does not answer or takes no more."""
+    try:
+        with engine.begin() as db:
+            yield db
+    except SQLAlchemyError as exc:
+        raise NotDurable(f"the registry's database does not answer: {exc.__cause__ or exc}", retry_after_s=2) from exc
 
 
 def create_tables(engine: Engine, metadata: MetaData) -> None:

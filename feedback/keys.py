@@ -15,20 +15,21 @@ from sqlalchemy import JSON, BigInteger, Boolean, Column, Engine, MetaData, Stri
 from sqlalchemy.engine import Row
 
 from feedback.clock import wall_ms
-from feedback.database import create_tables
+from feedback.database import create_tables, transaction
 from feedback.errors import InvalidInput, NotAllowed, NotAuthenticated, NotFound
 from feedback.events import Model
 
 Scope = Literal["chat", "feedback", "dataset", "adapters:write", "adapters:promote", "keys", "erase", "audit"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
+MAX_OWNER_CHARS = 200
 metadata = MetaData()
 api_keys = Table(
     "api_keys",
     metadata,
     Column("id", String(12), primary_key=True),
     Column("digest", String(64), nullable=False),
-    Column("owner", String(200), nullable=False),
+    Column("owner", String(MAX_OWNER_CHARS), nullable=False),
     Column("person", Boolean, nullable=False),
     Column("scopes", JSON, nullable=False),
     Column("origins", JSON, nullable=False),
@@ -85,13 +86,13 @@ class ApiKeys:
         unknown = sorted(set(scopes) - set(SCOPES))
         if unknown or not scopes:
             raise InvalidInput(f"scopes {', '.join(unknown) or '(none)'} are not known; there are {', '.join(SCOPES)}", field="scopes")
-        if not owner.strip():
-            raise InvalidInput("owner is empty; say whose key this is", field="owner")
+        if not 1 <= len(owner.strip()) <= MAX_OWNER_CHARS:
+            raise InvalidInput(f"owner has {len(owner.strip())} characters, it may have 1 to {MAX_OWNER_CHARS}", field="owner")
         key_id = "".join(secrets.choice(ALPHABET) for _ in range(12))
         secret = f"pl_{key_id}_" + "".join(secrets.choice(ALPHABET) for _ in range(32))
         key = ApiKey(id=key_id, owner=owner, person=person, scopes=scopes, origins=origins, created_ms=wall_ms(), expires_ms=expires_ms)
         values = key.model_dump() | {"scopes": list(scopes), "origins": list(origins), "digest": _digest(secret)}
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             db.execute(insert(api_keys).values(**values))
         return key, secret
 
@@ -104,7 +105,7 @@ class ApiKeys:
         with self._lock:
             cached = self._cache.get(key_id)
         if cached is None or time.monotonic() - cached[0] > CACHE_S:
-            with self._engine.connect() as db:
+            with transaction(self._engine) as db:
                 row = db.execute(select(api_keys).where(api_keys.c.id == key_id)).first()
             if row is None:
                 raise NotAuthenticated("the API key is not known")
@@ -122,7 +123,7 @@ class ApiKeys:
 
     def disable(self, key_id: str) -> None:
         """Raises NotFound."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             if db.execute(update(api_keys).where(api_keys.c.id == key_id).values(disabled=True)).rowcount == 0:
                 raise NotFound(f"there is no API key '{key_id}'", field="id")
         with self._lock:
@@ -130,12 +131,12 @@ class ApiKeys:
 
     def list(self) -> list[ApiKey]:
         """All keys, oldest first."""
-        with self._engine.connect() as db:
+        with transaction(self._engine) as db:
             return [_key(row) for row in db.execute(select(api_keys).order_by(api_keys.c.created_ms, api_keys.c.id))]
 
     def count(self) -> int:
         """How many keys there are; with none, the first start makes one and shows it."""
-        with self._engine.connect() as db:
+        with transaction(self._engine) as db:
             return int(db.execute(select(func.count()).select_from(api_keys)).scalar_one())
 
 

@@ -24,7 +24,7 @@ from sqlalchemy import BigInteger, Column, Engine, Integer, LargeBinary, MetaDat
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from feedback.clock import wall_ms
-from feedback.database import create_tables
+from feedback.database import create_tables, transaction
 from feedback.errors import ConfigError, Gone, InvalidInput, NotDurable
 from feedback.events import Sealed
 from feedback.ids import Ids
@@ -105,7 +105,7 @@ class Subjects:
 
     def erase(self, subject: str) -> int:
         """Destroy the subject's keys; how many there were. What is sealed under them can never be read again."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             destroyed = db.execute(
                 update(subject_keys)
                 .where(subject_keys.c.subject == subject, subject_keys.c.wrapped.is_not(None))
@@ -171,7 +171,7 @@ class Subjects:
             key = self._cache.get(subject)
         if key is not None and key.generation == generation and time.monotonic() - key.read_at < CACHE_S:
             return key.secret
-        with self._engine.connect() as db:
+        with transaction(self._engine) as db:
             row = db.execute(
                 select(subject_keys.c.wrapped).where(subject_keys.c.subject == subject, subject_keys.c.generation == generation)
             ).first()

@@ -66,5 +66,6 @@ class Tokens:
         except (InvalidToken, UnicodeEncodeError, binascii.Error, ValidationError):
             raise NotAuthenticated("the feedback token is not one that this service gave out") from None
         if self._now() >= claims.expires:
-            raise Gone("the feedback token has expired; ratings are accepted until then only")
+            expired = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(claims.expires))
+            raise Gone(f"the feedback token expired at {expired}; feedback.token_expiry_s says how long one lasts")
         return claims

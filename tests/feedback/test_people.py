@@ -11,9 +11,10 @@ from cryptography.fernet import Fernet
 from feedback_world import stores_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import text
 
 from feedback.clock import wall_ms
-from feedback.errors import ConfigError, Gone, InvalidInput, NotAllowed, NotAuthenticated, NotFound
+from feedback.errors import ConfigError, Gone, InvalidInput, NotAllowed, NotAuthenticated, NotDurable, NotFound
 from feedback.events import FeedbackText, Sealed
 from feedback.ids import Ids
 from feedback.keys import ApiKeys
@@ -149,6 +150,15 @@ def test_an_api_key_is_checked_scoped_disabled_and_never_stored_in_clear(tmp_pat
         keys.disable("nobody")
     with pytest.raises(InvalidInput, match="root"):
         keys.create("x", ("root",))  # type: ignore[arg-type]
+    for owner in (" ", "x" * 201):
+        with pytest.raises(InvalidInput, match="1 to 200"):
+            keys.create(owner, ("chat",))
+    with stores.engine.begin() as db:
+        db.execute(text("DROP TABLE api_keys"))
+    with pytest.raises(NotDurable, match="api_keys"):
+        keys.create("too late", ("chat",))
+    with pytest.raises(NotDurable, match="api_keys"):
+        keys.check("pl_" + "A" * 12 + "_" + "B" * 32)
     stores.close()
 
 
@@ -167,4 +177,4 @@ def test_ids_repeat_for_the_same_request_only() -> None:
     ]
     assert len({one, *others}) == 8
     assert ids.digest("x", "ab", "c") != ids.digest("x", "a", "bc")
-    assert ids.idempotency("t", "s", "rating", None) is None
+    assert ids.idempotency("t", "s", None) is None
