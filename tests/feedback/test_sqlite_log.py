@@ -96,6 +96,16 @@ def test_a_full_disk_says_not_durable_and_the_log_goes_on_when_there_is_room(tmp
     log.close()
 
 
+def test_an_empty_append_asks_the_disk(tmp_path: Path) -> None:
+    log = SqliteLog(tmp_path / "one.sqlite", HybridClock())
+    watcher = sqlite3.connect(tmp_path / "one.sqlite")
+    before = watcher.execute("PRAGMA data_version").fetchone()
+    assert log.append_sync([]) == [] and log.read({}, 10) == []
+    assert watcher.execute("PRAGMA data_version").fetchone() != before  # a transaction without a write would succeed on a full disk
+    watcher.close()
+    log.close()
+
+
 def test_bytes_that_are_no_event_are_handed_on_as_such(tmp_path: Path) -> None:
     log = SqliteLog(tmp_path / "one.sqlite", HybridClock())
     log.append_sync([rating("i", "r", "up")])
