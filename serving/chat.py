@@ -75,8 +75,8 @@ async def chat(request: Request) -> Response:
     """`POST /v1/chat/completions`."""
     arrived = time.perf_counter()
     gateway: Gateway = request.app.state.gateway
-    ask = parse(await read_body(request, gateway.settings.server.max_body_bytes))
     caller = gateway.doorman.caller(request, "chat")
+    ask = parse(await read_body(request, gateway.settings.server.max_body_bytes))
     check(ask, gateway)
     person = gateway.doorman.person(caller, ask)
     reply = Reply(gateway, ask, caller, person)

@@ -69,7 +69,7 @@ class ChatRequest(Strict):
     top_p: float | None = Field(default=None, gt=0, le=1)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     seed: int | None = None
@@ -156,15 +156,16 @@ def parse(body: bytes) -> ChatRequest:
 def refusal(exc: ValidationError) -> InvalidInput:
     """A pydantic error as ours: the first wrong field, what it was and what was expected."""
     first = exc.errors(include_url=False, include_context=False)[0]
+    wrong = first["msg"].removeprefix("Invalid JSON: ").removeprefix("Value error, ")
     if first["type"] == "json_invalid":
-        return InvalidInput(f"The body is not JSON: {first['msg']}.")
+        return InvalidInput(f"The body is not JSON: {wrong}.")
     # Union branches appear in `loc` as names of types; a client knows only its own fields and indices.
     path = [str(part) for part in first["loc"] if part != "str" and "[" not in str(part)]
-    field = ".".join(path) or None
+    field = ".".join(path)[:100] or None
     if first["type"] == "extra_forbidden":
         return InvalidInput(f"{field}: this field is not supported.", field=field)
     given = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
-    return InvalidInput(f"{field or 'body'}: {first['msg']}{given}.", field=field)
+    return InvalidInput(f"{field or 'body'}: {wrong}{given}.", field=field)
 
 
 def shown(value: object) -> str:

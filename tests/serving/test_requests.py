@@ -55,6 +55,7 @@ HI = [{"role": "user", "content": "hi"}]
         ({"model": MODEL, "messages": HI, "store": False, "compare": True}, "store", "compare"),
         ({"model": MODEL, "messages": HI, "temperature": 2.5}, "temperature", "2"),
         ({"model": MODEL, "messages": HI, "temperature": -1}, "temperature", "0"),
+        ({"model": MODEL, "messages": HI, "logit_bias": {"5": 1e9}}, "logit_bias.5", "100"),
         ({"model": MODEL, "messages": HI, "max_tokens": 0}, "max_tokens", "1"),
         ({"model": MODEL, "messages": HI, "max_tokens": 513}, "max_tokens", "512"),
         ({"model": MODEL, "messages": HI, "max_completion_tokens": 10**9}, "max_completion_tokens", "512"),
@@ -78,6 +79,10 @@ def test_what_is_refused(world: World, body: Any, field: str | None, told: str) 
     assert told in error["message"]
     assert field is None or error["param"] == field
     assert len(world.events()) == before
+
+
+def test_who_asks_comes_before_what(world: World) -> None:
+    assert world.http.post("/v1/chat/completions", content=b"{").status_code == 401
 
 
 def test_an_unknown_model_is_not_found(world: World) -> None:
