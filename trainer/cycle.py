@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 BASE_SEED, EVALUATION_SEED = 100_000, 200_000
 """Far from PPO's seeds, which count its steps: equal seeds would give equal random numbers to answers that should be independent."""
+SMALL_POLICY_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def run_cycle(
 
     Raises TrainingRefused where the data or the settings cannot train, InvalidInput where the policy is no model.
     """
-    if settings.cycle.threads:
-        torch.set_num_threads(settings.cycle.threads)
+    if threads := settings.cycle.threads or int(_is_small(job.policy)):
+        torch.set_num_threads(threads)
     snapshot = load_snapshot(job.snapshot)
     folder = data_dir / "cycles" / cycle_id(job, settings, snapshot.digest)
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,6 +125,11 @@ def run_cycle(
             # Last, because this one starts the gates.
             registry.attest(result.adapter_id, "evaluation", result.evaluation, by)
     return result
+
+
+def _is_small(policy: Path) -> bool:
+    """Whether threads would wait for each other longer than they compute: beside other work two took ten times as long as one."""
+    return 0 < sum(path.stat().st_size for path in policy.glob("*.safetensors")) < SMALL_POLICY_BYTES
 
 
 def _training_body(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:

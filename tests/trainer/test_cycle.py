@@ -73,6 +73,12 @@ def test_a_finished_cycle_is_found_again(world: tuple[Job, Path], result: CycleR
     assert {path: path.stat().st_mtime_ns for path in result.folder.iterdir() if path.name != "job.json"} == before
 
 
+def test_a_small_policy_is_trained_on_one_thread(world: tuple[Job, Path], result: CycleResult) -> None:
+    torch.set_num_threads(2)
+    run_cycle(world[0], SETTINGS, world[1])
+    assert torch.get_num_threads() == 1
+
+
 def test_the_control_is_another_cycle_and_says_so(world: tuple[Job, Path], result: CycleResult) -> None:
     control = replace(SETTINGS, cycle=CycleSettings(evaluation_samples=2, shuffle_labels=True))
     shuffled = run_cycle(world[0], control, world[1])
