@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Literal
 
 import structlog
 
 from feedback.errors import NotDurable
-from feedback.events import Event, FinishedText, InteractionFinished, InteractionStarted, StartedText
+from feedback.events import FinishedText, InteractionFinished, InteractionStarted, StartedText
 from feedback.log import EventLog
 from feedback.subjects import Subjects
 from serving import metrics
@@ -27,24 +27,32 @@ class Recorder:
 
     async def begin(self, started: Sequence[InteractionStarted], text: StartedText) -> bool:
         """Commit that these interactions began. Returns whether they are recorded; raises NotDurable where they must be and are not."""
-        with metrics.COMMIT.labels("started").time():
+
+        async def write() -> None:
             # The first seal of a new person writes their key to the registry's database, so it leaves the event loop.
             sealed = await asyncio.to_thread(self._subjects.seal, (started[0].subject,), text)
-            return await self._commit([event.model_copy(update={"sealed": sealed}) for event in started])
+            await self._events.append([event.model_copy(update={"sealed": sealed}) for event in started])
+
+        with metrics.COMMIT.labels("started").time():
+            return await self._recorded(write(), len(started))
 
     async def end(self, finished: InteractionFinished, text: FinishedText) -> bool:
         """Commit how an interaction ended. The person's key is cached since its beginning."""
-        with metrics.COMMIT.labels("finished").time():
-            sealed = self._subjects.seal((finished.subject,), text)
-            return await self._commit([finished.model_copy(update={"sealed": sealed})])
 
-    async def _commit(self, events: Sequence[Event]) -> bool:
+        async def write() -> None:
+            sealed = self._subjects.seal((finished.subject,), text)
+            await self._events.append([finished.model_copy(update={"sealed": sealed})])
+
+        with metrics.COMMIT.labels("finished").time():
+            return await self._recorded(write(), 1)
+
+    async def _recorded(self, writing: Coroutine[None, None, None], events: int) -> bool:
         try:
-            await self._events.append(events)
+            await writing
         except NotDurable as error:
             if self._required:
                 raise
-            metrics.UNRECORDED.inc(len(events))
-            log.warning("answer not recorded", reason=error.message, events=len(events))
+            metrics.UNRECORDED.inc(events)
+            log.warning("answer not recorded", reason=error.message, events=events)
             return False
         return True

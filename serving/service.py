@@ -55,11 +55,12 @@ class Service:
         server, policy_settings = self.gateway.server, self.gateway.policy
         if not self.gateway.feedback.auth and server.host not in ("127.0.0.1", "::1", "localhost"):
             raise ConfigError(f"server.host is '{server.host}' while feedback.auth is off; set feedback.auth = true or listen on 127.0.0.1")
-        if self.registry.alias("stable") is None:
+        stable, base = self.registry.alias("stable"), base_digests(policy)
+        if stable is None:
             fields = ManifestFields(
                 kind="identity",
                 base_model=policy_settings.name,
-                base=base_digests(policy),
+                base=base,
                 temperature=policy_settings.temperature,
                 system_prompt=policy_settings.system_prompt,
                 max_tokens=policy_settings.max_tokens,
@@ -67,6 +68,9 @@ class Service:
             adapter_id, path = identity_adapter(policy, self.data_dir / "adapters", fields, rank=self.engine_settings.max_lora_rank)
             self.registry.register(adapter_id, path, SYSTEM)
             self.registry.start_with(adapter_id, SYSTEM)
+        elif self.registry.adapter(stable).manifest.base != base:
+            told = f"policy.base is {policy}, but the adapters in {self.data_dir} belong to another model"
+            raise ConfigError(f"{told}; set it back, or choose a new feedback.data_dir", field="policy.base")
         if self.engine_settings.kind == "scripted":
             self.engine = Scripted(echo)
         elif self.engine_settings.url:

@@ -11,6 +11,8 @@ import re
 import time
 from typing import Any
 
+import structlog
+
 from deploy.engine import Engine
 from feedback.errors import EngineError, EngineRefused, EngineUnavailable, NotDurable, PlauditError
 from feedback.events import FinishedText, InteractionFinished, InteractionStarted, new_id
@@ -20,6 +22,7 @@ from serving.openai_api import Answer
 from serving.record import Recorder
 
 QUEUED_CHUNKS = 64
+log = structlog.get_logger()
 _TOO_LONG = re.compile(r"context length|max_model_len|maximum model length|too long", re.IGNORECASE)
 
 
@@ -74,6 +77,9 @@ class Turn:
             reason = "client_closed"
         except EngineError as error:
             self.failure = self._translated(error)
+        except Exception:  # the task's edge: whoever reads this answer would wait for its end for ever
+            log.exception("answer not understood")
+            self.failure = EngineUnavailable("The model server said something that is no answer.", retry_after_s=1)
         self._relaying = False  # from here on `stop` must not cancel: the end is being written
         metrics.ANSWERS.labels(self.started.arm, reason).inc()
         try:

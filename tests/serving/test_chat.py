@@ -17,7 +17,7 @@ from serving_world import MODEL, World, echo, eventually, said, serve, sse
 
 from deploy.engine import Scripted
 from feedback.errors import EngineRefused, NotDurable
-from feedback.events import Event, FinishedText, StartedText
+from feedback.events import Event, FinishedText, Sealed, StartedText
 from serving.config import RecordSettings, ServerSettings
 
 
@@ -242,6 +242,16 @@ def test_best_effort_answers_unrecorded_without_a_token(tmp_path: Path, monkeypa
         assert reply.json()["plaudit"] == {"recorded": False}
         assert reply.headers["plaudit-recorded"] == "false" and "plaudit-feedback-token" not in reply.headers
         assert world.events() == []
+
+
+def test_best_effort_answers_a_new_person_whose_key_cannot_be_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(tmp_path, record=RecordSettings(recording="best_effort")) as world:
+
+        def seal(*_: Any) -> Sealed:
+            raise NotDurable("a subject's key could not be stored: database or disk is full", retry_after_s=2)
+
+        monkeypatch.setattr(world.stores.subjects, "seal", seal)
+        assert world.chat("hi", user="somebody new").json()["plaudit"] == {"recorded": False}
 
 
 def test_a_client_that_leaves_ends_the_generation_and_is_recorded(tmp_path: Path) -> None:

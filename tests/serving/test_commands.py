@@ -109,6 +109,15 @@ def test_a_second_one_is_refused_on_the_folder_and_on_the_port(up: Up, tmp_path:
     assert code == 2 and f"server.port is {port}" in errors and len(errors.splitlines()) == 1
 
 
+def test_another_model_on_the_same_folder_is_refused(up: Up, tmp_path: Path, tiny_policy: Path) -> None:
+    process, _, _ = up(0)
+    process.terminate()
+    process.wait(20)
+    (tiny_policy / "chat_template.jinja").write_text("another")
+    code, _, errors = run(tmp_path, "up")
+    assert code == 2 and "belong to another model" in errors and len(errors.splitlines()) == 1
+
+
 def test_what_looks_like_markup_is_printed_as_it_is(tmp_path: Path) -> None:
     code, printed, errors = run(tmp_path, "adapters", "show", "[/b]")
     assert (code, printed) == (1, "") and errors.startswith("plaudit: adapter: there is none with id '[/b]'")

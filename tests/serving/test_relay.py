@@ -125,6 +125,13 @@ def test_token_ids_are_kept_and_not_shown(tmp_path: Path, upstream: Upstream) ->
         assert (kept.token_ids, kept.logprobs) == ([1, 2], [-0.5, -0.5])
 
 
+def test_a_server_that_talks_nonsense_breaks_the_answer_off_instead_of_leaving_it_open(world: World, upstream: Upstream) -> None:
+    upstream.words = ["one ", 5]  # type: ignore[list-item]
+    events = sse(world.chat("hi", stream=True).text)
+    assert said(events[:-1]) == "one " and events[-1]["error"]["code"] == "engine_unavailable"
+    assert world.finished()[0].finish_reason == "error" and world.app.state.gateway.streams == 0
+
+
 def test_logprobs_are_shown_to_whoever_asks(world: World) -> None:
     reply = world.chat("hi", logprobs=True).json()
     assert [entry["logprob"] for entry in reply["choices"][0]["logprobs"]["content"]] == [-0.5, -0.5]
