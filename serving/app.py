@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import AsyncIterator
 from importlib import resources
 
@@ -104,6 +105,10 @@ async def ready(request: Request) -> JSONResponse:
             await gateway.stores.log.append([])
         except NotDurable as error:
             missing["log"] = error.message
+        # A small write may still fit into space that the log has already, where a long answer does not.
+        free, needed = shutil.disk_usage(gateway.settings.feedback.data_dir).free, 4 * gateway.settings.server.max_body_bytes
+        if free < needed:
+            missing["disk"] = f"{free} bytes are free in feedback.data_dir, fewer than {needed}, room for a few of the largest requests"
     return JSONResponse({"ready": not missing, "missing": missing}, 503 if missing else 200)
 
 

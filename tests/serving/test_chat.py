@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -347,6 +348,15 @@ def test_people_stay_with_their_adapter(world: World) -> None:
         assert len({world.chat("hi", user=name).json()["choices"][0]["message"]["content"] for _ in range(4)}) == 1
     assert {event.propensity for event in world.started()} == {0.5}
     assert {event.rollout for event in world.started()} == {"rollout-7"}
+
+
+def test_a_disk_without_room_is_not_ready(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 4 * world.app.state.gateway.settings.server.max_body_bytes
+    usage = shutil.disk_usage(world.data_dir)
+    for free, status in ((needed - 1, 503), (needed, 200)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        ready = world.http.get("/readyz")
+        assert ready.status_code == status and ("disk" in ready.json()["missing"]) == (status == 503)
 
 
 def test_health_and_metrics(world: World) -> None:
