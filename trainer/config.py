@@ -98,7 +98,7 @@ class CycleSettings(Section):
     niceness: int = Field(default=10, ge=0, le=19)
     """Added to the process's niceness, so that serving stays usable beside training."""
     threads: int = Field(default=0, ge=0)
-    """Threads of torch; 0 is one for a policy below 64 MB, which gains nothing from more, and else leaves them as they are."""
+    """Threads of torch; 0 is one for a policy below 64 MB, which loses far more to others beside it than it gains, and else torch's own."""
     shuffle_labels: bool = False
     """The control: ratings are shuffled, so that the candidate must not gain and must not be promoted."""
     seed: int = 0
