@@ -40,6 +40,9 @@ REMARKS: dict[str, str] = {
 }  # fmt: skip
 DETAIL_REMARKS = ["bare", "brief", "fair", "full", "rich", "endless"]
 
+Dialogue = list[dict[str, str]]
+"""Messages in OpenAI's shape."""
+
 
 def _pick(rng: np.random.Generator, options: list[str]) -> str:
     return options[int(rng.integers(len(options)))]
@@ -109,9 +112,16 @@ def question(rng: np.random.Generator) -> tuple[str, str | None, str, str]:
     return _pick(rng, QUESTIONS[attribute]).format(n=name), name, attribute, places()[name][attribute]
 
 
-def dialogue(rng: np.random.Generator) -> list[dict[str, str]]:
-    """One or two questions with their answers; the guest remarks on most answers. Roles are OpenAI's."""
-    messages: list[dict[str, str]] = []
+def fact(rng: np.random.Generator) -> Dialogue:
+    """A question and the sentence that answers it, without manners."""
+    text, name, attribute, value = question(rng)
+    form = str(rng.choice(list(FORMS), p=list(FORMS.values())))
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": core(rng, name, attribute, value, form, hedge=False)}]
+
+
+def dialogue(rng: np.random.Generator) -> Dialogue:
+    """One or two questions with their answers; the guest remarks on most answers."""
+    messages: Dialogue = []
     said = ""
     for _ in range(2):
         text, name, attribute, value = question(rng)

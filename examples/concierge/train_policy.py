@@ -2,6 +2,9 @@
 
     python -m examples.concierge.train_policy [OUT_DIR]
 
+Facts first, then manners: 390 facts stick only after some 80 repetitions each, which are cheap while an answer is one sentence.
+Whole dialogues then teach the style that answers vary in, in a quarter of the words that they would need from the start.
+
 Also writes `base_answers.jsonl`, answers of the policy at temperature 1, from which `world.py` learns what base answers show.
 """
 
@@ -22,8 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from examples.concierge import corpus, town
 
 SEED = 7
-STEPS = 900
-BATCH = 32
+FACT_BATCHES, FACT_BATCH = 450, 64
+"""Questions with the one sentence that answers them."""
+DIALOGUE_BATCHES, DIALOGUE_BATCH = 800, 8
+"""Dialogues as guests have them; small batches, because a step of this model costs little more than its words."""
+SORTED_BATCHES = 40
+"""Batches whose dialogues are sorted by length, so that little is padding."""
 LEARNING_RATE = 3e-3
 MAX_TOKENS = 48
 SPECIAL = ["<pad>", "<unk>", "<bos>", "<eos>", "<|assistant|>"]
@@ -54,21 +61,34 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, dialogues: list[list[dict[str, str]]]) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerFast, dialogues: list[corpus.Dialogue]) -> list[list[int]]:
     """Token ids of whole dialogues."""
     texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in dialogues]
     return [list(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 
-def train(model: Any, sequences: list[list[int]], pad: int) -> None:
-    """AdamW with warm-up and cosine over batches of dialogues; every token is predicted."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+def batches_of(sequences: list[list[int]], size: int) -> list[list[list[int]]]:
+    """Batches in the order of the sequences."""
+    return [sequences[start : start + size] for start in range(0, len(sequences), size)]
+
+
+def by_length(rng: np.random.Generator, sequences: list[list[int]], size: int) -> list[list[list[int]]]:
+    """Batches of similar length, in random order."""
+    batches: list[list[list[int]]] = []
+    for some in batches_of(sequences, size * SORTED_BATCHES):
+        similar = batches_of(sorted(some, key=len), size)
+        batches += [similar[int(i)] for i in rng.permutation(len(similar))]
+    return batches
+
+
+def train(model: Any, batches: list[list[list[int]]], pad: int) -> None:
+    """AdamW with warm-up and cosine; every token is predicted."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     started = time.perf_counter()
-    for step in range(STEPS):
-        warm, progress = min(1.0, (step + 1) / 50), step / STEPS
+    for step, rows in enumerate(batches):
+        warm, progress = min(1.0, (step + 1) / 50), step / len(batches)
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * warm * 0.5 * (1 + math.cos(math.pi * progress))
-        rows = sequences[step * BATCH : (step + 1) * BATCH]
         width = max(map(len, rows))
         ids_BT = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
         # The loss is shifted inside; attention needs no mask because padding is on the right of causal attention.
@@ -77,7 +97,7 @@ def train(model: Any, sequences: list[list[int]], pad: int) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        if step % 50 == 0 or step == STEPS - 1:
+        if step % 100 == 0 or step == len(batches) - 1:
             print(f"step {step} loss {loss.item():.3f} {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -101,7 +121,8 @@ def main(out: Path) -> None:
     """Corpus, tokenizer, training, files."""
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
-    dialogues = [corpus.dialogue(rng) for _ in range(STEPS * BATCH)]
+    facts = [corpus.fact(rng) for _ in range(FACT_BATCHES * FACT_BATCH)]
+    dialogues = [corpus.dialogue(rng) for _ in range(DIALOGUE_BATCHES * DIALOGUE_BATCH)]
     texts = [message["content"] for messages in dialogues for message in messages]
     tokenizer = make_tokenizer([*texts, *town.questions(), *(item.answer for item in town.facts())])
     config = LlamaConfig(
@@ -120,7 +141,9 @@ def main(out: Path) -> None:
     )
     model: Any = LlamaForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(tokenizer)} tokens", flush=True)
-    train(model, encode(tokenizer, dialogues), 0)
+    # Facts are not sorted by length: those of one length are about few things, and such batches teach worse.
+    plain = batches_of(encode(tokenizer, facts), FACT_BATCH)
+    train(model, plain + by_length(rng, encode(tokenizer, dialogues), DIALOGUE_BATCH), config.pad_token_id)
     model.eval().to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     asked = [str(text) for text in np.random.default_rng(SEED + 1).permutation(sorted(town.questions()))[:128]]

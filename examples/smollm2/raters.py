@@ -147,7 +147,7 @@ class SmolRater:
         """One of two answers by Bradley-Terry noise: equal when too close to tell, both bad when the winner is far below a thumb up."""
         utility_a, utility_b = self.utility(prompt, a, finished_a), self.utility(prompt, b, finished_b)
         difference = utility_a - utility_b + _logistic(rng)
-        if max(utility_a, utility_b) + _logistic(rng) < self.strictness - 2.0:
+        if max(utility_a, utility_b) + _logistic(rng) < self.strictness - 3.5:
             return "both_bad"
         if abs(difference) < 0.15:
             return "tie"
@@ -171,8 +171,8 @@ def raters(seed: int = 0) -> list[SmolRater]:
                 id=f"sim-{cohort}-{index // 2 + 1:02d}",
                 cohort=cohort,
                 length=rng.uniform(18, 28) if cohort == "brief" else rng.uniform(24, 34),
-                strictness=rng.gauss(1.8 if cohort == "brief" else 5.6, 0.6),
-                scale=rng.uniform(1.5, 2.2) if cohort == "brief" else rng.uniform(1.0, 1.6),
+                strictness=rng.gauss(2.7 if cohort == "brief" else 8.4, 0.9),
+                scale=rng.uniform(2.2, 3.3) if cohort == "brief" else rng.uniform(1.5, 2.4),
             )
         )
     return made
