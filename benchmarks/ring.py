@@ -29,7 +29,7 @@ from deploy.gates import Evaluation, judge
 from examples import load
 from examples.base import Example
 from examples.concierge.world import World
-from examples.ring import GATES
+from examples.ring import GATES, PPO
 from feedback import snapshot
 from feedback.config import FeedbackSettings, Settings
 from feedback.events import Event, FeedbackGiven, FinishedText, InteractionFinished, InteractionStarted, Side, Slot, StartedText
@@ -44,9 +44,7 @@ from trainer.schedule import Job, LearningSettings
 WORLDS, SEALED_WORLDS, SEEDS = range(5), range(100, 110), range(2)
 COMPARISONS, QUICK_COMPARISONS = 180, 48
 """With thumbs on both answers, about 500 ratings; and what a quick run makes do with."""
-ITERATIONS, QUICK_ITERATIONS = 20, 3
-LEARNING_RATE = 1e-3
-"""With the default, 3e-4, so few updates do not move this small policy."""
+QUICK_ITERATIONS = 3
 SAMPLES = 8
 """Answers of each policy to a held-out prompt; every one is compared with every one."""
 CLIP = 4.0
@@ -204,7 +202,9 @@ def oracle(world: int, seed: int, kl_target_nats: float) -> dict[str, Any]:
 
 
 def _ppo() -> PPOSettings:
-    return PPOSettings(iterations=QUICK_ITERATIONS if quick() else ITERATIONS, learning_rate=LEARNING_RATE)
+    """As in the demo, but for a quick run, which hardly moves."""
+    quickly: dict[str, object] = {"iterations": QUICK_ITERATIONS, "rollouts": 32} if quick() else {}
+    return PPOSettings.model_validate(PPO["concierge"] | quickly)
 
 
 def _reward_model() -> RewardModelSettings:
