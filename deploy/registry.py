@@ -22,7 +22,7 @@ from deploy.records import AdapterRecord, Alias, Attestation, RolloutRecord, Sta
 from deploy.routing import AdapterRef, RoutingTable
 from deploy.tables import adapters, alias_history, aliases, attestations, audit, facts, holdings, leases, metadata, outbox, rollouts
 from feedback.clock import wall_ms
-from feedback.database import create_tables
+from feedback.database import create_tables, transaction
 from feedback.errors import Conflict, InvalidInput, NotDurable, NotFound
 from feedback.events import AdapterEvent, Event, RolloutEvent, decode, encode, new_id
 
@@ -38,7 +38,7 @@ class Registry:
         create_tables(engine, metadata)
         self._engine = engine
         self._tenant = tenant
-        with self._engine.begin() as db:
+        with transaction(engine) as db:
             for name in ("version", "epoch"):
                 if db.execute(select(facts.c.value).where(facts.c.name == name)).first() is None:
                     db.execute(insert(facts).values(name=name, value=0))

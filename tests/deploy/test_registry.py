@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from pydantic import JsonValue
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
 
 from deploy.manifest import vllm_name
 from deploy.registry import Registry
-from feedback.database import open_database
-from feedback.errors import Conflict, InvalidInput, NotFound
+from deploy.tables import metadata
+from feedback.database import create_tables, open_database
+from feedback.errors import Conflict, InvalidInput, NotDurable, NotFound
 
 MakeAdapter = Callable[[Path, Path, int], tuple[str, Path]]
 
@@ -53,6 +54,15 @@ def at_canary(registry: Registry, adapter: str) -> str:
 def test_an_empty_registry_routes_nobody(database: Engine) -> None:
     with pytest.raises(NotFound, match="no stable adapter yet"):
         Registry(database).routing()
+
+
+def test_a_first_start_that_cannot_be_written_is_one_clear_error(database: Engine) -> None:
+    create_tables(database, metadata)
+    database.dispose()
+    # As on a full disk: the tables are there, and nothing more is taken.
+    event.listen(database, "connect", lambda connection, _: connection.execute("PRAGMA query_only=ON"))
+    with pytest.raises(NotDurable, match="registry's database"):
+        Registry(database)
 
 
 def test_adapters_by_their_first_digits(registry: Registry, adapters: list[tuple[str, Path]]) -> None:
