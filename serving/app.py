@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import AsyncIterator
 from importlib import resources
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -22,7 +23,7 @@ from deploy.registry import Registry
 from feedback.errors import NotDurable
 from feedback.stores import Stores
 from serving import errors
-from serving.chat import Gateway, chat
+from serving.chat import Gateway, chat, check_model
 from serving.config import GatewaySettings
 from serving.rating import REASONS, give, read
 from serving.record import Recorder
@@ -68,6 +69,7 @@ def create_app(stores: Stores, registry: Registry, engine: Engine, settings: Gat
         )
     app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
     app.add_api_route("/v1/models", models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", model, methods=["GET"])
     app.add_api_route("/v1/feedback", give, methods=["POST"])
     app.add_api_route("/v1/feedback", read, methods=["GET"])
     app.add_api_route("/livez", live, methods=["GET"])
@@ -81,10 +83,20 @@ def create_app(stores: Stores, registry: Registry, engine: Engine, settings: Gat
 
 async def models(request: Request) -> JSONResponse:
     """`GET /v1/models`: the one name that clients ask for."""
+    return JSONResponse({"object": "list", "data": [_served(request)]})
+
+
+async def model(request: Request, name: str) -> JSONResponse:
+    """`GET /v1/models/{name}`. Raises NotFound where clients ask for another one."""
+    served = _served(request)
+    check_model(name, served["id"])
+    return JSONResponse(served)
+
+
+def _served(request: Request) -> dict[str, Any]:
     gateway: Gateway = request.app.state.gateway
     gateway.doorman.caller(request, "chat")
-    model = {"id": gateway.settings.policy.name, "object": "model", "created": 0, "owned_by": "plaudit"}
-    return JSONResponse({"object": "list", "data": [model]})
+    return {"id": gateway.settings.policy.name, "object": "model", "created": 0, "owned_by": "plaudit"}
 
 
 async def live() -> Response:

@@ -99,8 +99,7 @@ async def chat(request: Request) -> Response:
 def check(ask: ChatRequest, gateway: Gateway) -> None:
     """What depends on our settings and not on the request's shape alone. Raises NotFound, InvalidInput or Busy."""
     settings = gateway.settings
-    if ask.model != settings.policy.name:
-        raise NotFound(f"model: '{ask.model[:100]}' is not served here; '{settings.policy.name}' is.", field="model")
+    check_model(ask.model, settings.policy.name)
     if ask.compare and not settings.comparison.enabled:
         raise InvalidInput("compare: comparisons are switched off here (comparison.enabled).", field="compare")
     for name in ("max_tokens", "max_completion_tokens"):
@@ -110,6 +109,12 @@ def check(ask: ChatRequest, gateway: Gateway) -> None:
             raise InvalidInput(f"{name}: {value} is more than {limit}, the policy's whole context (policy.max_model_len).", field=name)
     if gateway.streams + ask.choices > settings.server.max_streams:
         raise Busy(f"All {settings.server.max_streams} streams (server.max_streams) are busy; please come back.", retry_after_s=1)
+
+
+def check_model(asked: str, served: str) -> None:
+    """Raises NotFound where another model is asked for than the one that is served."""
+    if asked != served:
+        raise NotFound(f"model: '{asked[:100]}' is not served here; '{served}' is.", field="model")
 
 
 class Reply:

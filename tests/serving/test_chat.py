@@ -39,7 +39,7 @@ def openai_client(world: World) -> openai.OpenAI:
 
 def test_the_openai_client_works_unchanged(world: World) -> None:
     with openai_client(world) as client:
-        assert [model.id for model in client.models.list()] == [MODEL]
+        assert [model.id for model in client.models.list()] == [client.models.retrieve(MODEL).id] == [MODEL]
         reply = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "how are you"}])
         assert reply.choices[0].message.content == "old heard how are you"
         assert reply.choices[0].finish_reason == "stop"
@@ -63,11 +63,17 @@ def test_the_openai_client_sees_our_errors_as_its_own(world: World) -> None:
     with openai_client(world) as client:
         with pytest.raises(openai.NotFoundError, match="gpt-4"):
             client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "hi"}])
+        for name in ("gpt-4", "org/gpt-4"):
+            with pytest.raises(openai.NotFoundError, match=f"model: '{name}' is not served here") as unknown:
+                client.models.retrieve(name)
+            assert unknown.value.param == "model"
         with pytest.raises(openai.BadRequestError, match="best_of") as caught:
             client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "hi"}], extra_body={"best_of": 2})
         assert caught.value.param == "best_of"
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="pl_wrong").models.list()
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="pl_wrong").models.retrieve(MODEL)
 
 
 def test_what_is_recorded(world: World) -> None:
