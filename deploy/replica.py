@@ -55,8 +55,7 @@ def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 def fast_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -296,6 +295,7 @@ class ReplicaAgent:
         self._told: tuple[set[str], float] = (set(), float("-inf"))
         self._heard = time.monotonic()
         self._deaths = 0
+        self._said = ""
 
     async def run(self, on_progress: Progress | None = None) -> None:
         """Until it is cancelled; then the server ends. Raises what the first start raises; later ones are tried again."""
@@ -304,12 +304,13 @@ class ReplicaAgent:
                 await self._server.start(on_progress)
             started = self._heard = time.monotonic()
             while True:
-                if self._server is not None and self._is_dead(self._server):
+                if self._server is not None and (not self._server.alive() or time.monotonic() - self._heard > SILENT_S):
                     started = await self._restart(self._server, started, on_progress)
                 try:
                     await self.step()
+                    self._said = ""
                 except Exception as exc:  # noqa: BLE001  the loop's edge: whoever reads the log notices, the next look tries again
-                    log.warning("replica", problem=str(exc))
+                    self._complain(exc)
                 await asyncio.sleep(self._tick_s)
         finally:
             if self._server is not None:
@@ -374,20 +375,21 @@ class ReplicaAgent:
         await asyncio.to_thread(self._report, names)
         self._told = (names, time.monotonic())
 
-    def _is_dead(self, server: VllmServer) -> bool:
-        return not server.alive() or time.monotonic() - self._heard > SILENT_S
+    def _complain(self, exc: Exception) -> None:
+        if (problem := str(exc)) != self._said:  # a failure that lasts is told once: at every look it would fill the disk
+            log.warning("replica", problem=problem)
+            self._said = problem
 
     async def _restart(self, server: VllmServer, started: float, on_progress: Progress | None) -> float:
         """Start again, later after every death in a row. Names are verified and loaded again by the next look."""
         self._verified.clear()
-        self._deaths = 0 if time.monotonic() - started > SETTLED_S else self._deaths
-        wait_s = BACKOFF_S[min(self._deaths, len(BACKOFF_S) - 1)]
-        log.error("the model server is gone; starting it again", wait_s=wait_s, deaths=self._deaths + 1)
-        self._deaths += 1
+        self._deaths = 1 if time.monotonic() - started > SETTLED_S else self._deaths + 1
+        wait_s = BACKOFF_S[min(self._deaths, len(BACKOFF_S)) - 1]
+        log.error("the model server is gone; starting it again", wait_s=wait_s, deaths=self._deaths)
         try:
             await self._tell(set())
         except Exception as exc:  # noqa: BLE001  the loop's edge: the server starts again although the registry is away
-            log.warning("replica", problem=str(exc))
+            self._complain(exc)
         try:
             await asyncio.sleep(wait_s)
             await server.stop(grace_s=0)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from deploy.config import EngineSettings
 from deploy.engine import VLLM, Engine, Scripted
@@ -156,23 +157,32 @@ def test_what_a_restarted_server_forgot_is_loaded_again(two: dict[str, Path]) ->
 def test_a_registry_that_is_away_changes_nothing(two: dict[str, Path]) -> None:
     table, engine = Table(), scripted()
     table.names = dict(two)
-    away = False
+    away, failures = False, 0
 
     def wanted() -> dict[str, Path]:
+        nonlocal failures
         if away:
+            failures += 1
             raise OSError("the database is away")
         return table.wanted()
+
+    async def failed_looks(count: int) -> None:
+        async with asyncio.timeout(10):
+            while failures <= count:
+                await asyncio.sleep(0.01)
 
     async def check() -> None:
         nonlocal away
         task = asyncio.create_task(ReplicaAgent(engine, None, wanted, table.report, 0.0, tick_s=0.01).run())
         await table.until(task, set(two))
         away = True
-        await asyncio.sleep(0.1)
+        await failed_looks(3)
         assert set(await engine.models()) == set(two) and not task.done()
         task.cancel()
 
-    asyncio.run(check())
+    with capture_logs() as told:
+        asyncio.run(check())
+    assert [line["problem"] for line in told] == ["the database is away"]  # once, not at every look
 
 
 def test_a_port_that_is_taken_is_one_clear_error(tiny_policy: Path, tmp_path: Path) -> None:
