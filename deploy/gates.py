@@ -8,7 +8,6 @@ and the same words stand in the API, on the command line and in the audit record
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -330,9 +329,3 @@ GATES: tuple[Gate, ...] = (
 def judge(evaluation: Evaluation, settings: GateSettings) -> list[Verdict]:
     """The verdict of every gate, in their order; all of them, so that a person sees everything that is missing at once."""
     return [gate.judge(evaluation, settings) for gate in GATES]
-
-
-def overall(verdicts: Sequence[Verdict]) -> Outcome:
-    """The worst of them; nothing at all is an error."""
-    order: tuple[Outcome, ...] = ("error", "fail", "inconclusive", "pass")
-    return min((verdict.verdict for verdict in verdicts), key=order.index, default="error")

@@ -23,7 +23,7 @@ from pydantic import JsonValue, ValidationError
 
 from deploy.config import GateSettings, RolloutSettings
 from deploy.engine import Engine
-from deploy.evalues import WinTest, win_test
+from deploy.evalues import win_test
 from deploy.gates import Evaluation, Verdict, judge
 from deploy.guards import failure_rise
 from deploy.manifest import vllm_name
@@ -126,10 +126,6 @@ class Rollout:
             self._stop(running, [*gates, guard, late])
         else:
             self.registry.note(running.id, test.verdict.reason, _rows(verdicts))
-
-    def win(self, running: RolloutRecord) -> WinTest:
-        """The win test as it stands, for reports."""
-        return win_test(votes(self.archive, running.id), running.number, self.settings)
 
     def _guard(self, running: RolloutRecord) -> Verdict:
         counted = ends(self.archive, running.id, (running.canary_ms or 0) << 16)

@@ -21,8 +21,6 @@ SCHEMA_VERSION = 1
 Arm = Literal["stable", "canary", "baseline"]
 Side = Literal["a", "b"]
 Slot = Literal["rating", "choice", "comment", "correction", "signal"]
-Rating = Literal["up", "down"]
-Choice = Literal["a", "b", "tie", "both_bad"]
 Source = Literal["person", "simulated", "import"]
 
 

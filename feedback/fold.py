@@ -6,10 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from feedback.archive import Archive
-from feedback.errors import Gone
-from feedback.events import Event, FeedbackCleared, FeedbackGiven, FeedbackText, Sealed, Slot, SubjectErased
+from feedback.events import Event, FeedbackCleared, FeedbackGiven, Slot, SubjectErased
 from feedback.sqlite_log import SqliteLogs
-from feedback.subjects import Subjects
 
 Said = FeedbackGiven | FeedbackCleared
 Cell = tuple[str, str, Slot]
@@ -50,21 +48,3 @@ def current_state(archive: Archive, logs: SqliteLogs, target: str, rater: str) -
         if whose == rater and isinstance(event, FeedbackGiven):
             slots[slot] = event
     return CurrentState(slots, as_of)
-
-
-def repeated(
-    held: FeedbackGiven | None, value: str | None, reasons: tuple[str, ...], text: FeedbackText | None, subjects: Subjects
-) -> str | None:
-    """The id of what is held already where somebody says the same again, else None."""
-    if held is None or held.value != value or held.reasons != reasons:
-        return None
-    return held.event_id if _opened(held.sealed, subjects) == (text or FeedbackText()) else None
-
-
-def _opened(sealed: Sealed | None, subjects: Subjects) -> FeedbackText | None:
-    if sealed is None:
-        return FeedbackText()
-    try:
-        return subjects.open(sealed, FeedbackText)
-    except Gone:
-        return None

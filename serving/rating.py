@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, StringConstraints, ValidationError
 
 from feedback.errors import InvalidInput, NotAllowed, NotAuthenticated
-from feedback.events import FeedbackCleared, FeedbackGiven, FeedbackText, Slot, new_id
+from feedback.events import FeedbackCleared, FeedbackGiven, FeedbackText, Slot
 from feedback.tokens import Action, Claims
 from serving import metrics
 from serving.chat import Gateway
@@ -158,7 +158,7 @@ def as_event(gateway: Gateway, claims: Claims, said: Said, body: bytes, key: str
     """The event of what was said. Its stamp, if any, is the client's `version`, which the log's clock advances past."""
     ids = gateway.stores.subjects.ids
     slot: Slot = said.slot if said.kind == "clear" and said.slot else said.kind  # type: ignore[assignment]  # every other kind is a slot
-    event_id = ids.feedback(claims.tenant, claims.subject, slot, claims.target, body, key) if key else new_id()
+    event_id = ids.feedback(claims.tenant, claims.subject, slot, claims.target, body, key)
     idempotency = ids.idempotency(claims.tenant, claims.subject, key)
     if said.kind == "clear":
         return FeedbackCleared(

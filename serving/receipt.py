@@ -34,12 +34,11 @@ class Receipt:
         first = started[0]
 
         def mint(target: str, interactions: tuple[str, ...], actions: tuple[Action, ...]) -> str:
-            kind = "comparison" if actions is OF_A_COMPARISON else "interaction"
             return tokens.mint(
                 Claims(
                     tenant=first.tenant,
                     target=target,
-                    target_kind="comparison" if kind == "comparison" else "interaction",
+                    target_kind="comparison" if actions is OF_A_COMPARISON else "interaction",
                     interactions=interactions,
                     subject=first.subject,
                     actions=actions,

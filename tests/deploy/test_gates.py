@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from deploy.config import GateSettings
-from deploy.gates import GATES, Evaluation, Verdict, judge, overall
+from deploy.gates import GATES, Evaluation, Verdict, judge
 
 SETTINGS = GateSettings()
 GOOD: dict[str, Any] = {
@@ -42,7 +42,6 @@ def facts(**changed: float) -> dict[str, float]:
 def test_a_good_candidate_passes_every_gate() -> None:
     verdicts = judge(Evaluation.model_validate(GOOD), SETTINGS)
     assert [each.verdict for each in verdicts] == ["pass"] * len(GATES)
-    assert overall(verdicts) == "pass"
 
 
 @pytest.mark.parametrize(
@@ -110,15 +109,6 @@ def test_raters_who_like_brevity_may_have_it() -> None:
     assert verdict("length", GateSettings(allow_shorter=True), length={"base": 20.0, "candidate": 31.0}).verdict == "fail"
 
 
-def test_the_worst_verdict_counts() -> None:
-    good, unclear = Verdict.passed("a", "x"), Verdict.inconclusive("b", "x")
-    bad, missing = Verdict.failed("c", "x"), Verdict.error("d", "x")
-    assert overall([good, unclear]) == "inconclusive"
-    assert overall([unclear, bad, good]) == "fail"
-    assert overall([bad, missing]) == "error"
-    assert overall([]) == "error"
-
-
 def test_an_evaluation_without_a_figure_is_refused_by_name() -> None:
     body = {key: value for key, value in GOOD.items() if key != "kl_nats"}
     with pytest.raises(ValidationError, match="kl_nats"):
@@ -126,4 +116,5 @@ def test_an_evaluation_without_a_figure_is_refused_by_name() -> None:
 
 
 def test_what_a_newer_trainer_adds_does_not_stop_the_gates() -> None:
-    assert overall(judge(Evaluation.model_validate({**GOOD, "sycophancy": 0.1}), SETTINGS)) == "pass"
+    verdicts = judge(Evaluation.model_validate({**GOOD, "sycophancy": 0.1}), SETTINGS)
+    assert {each.verdict for each in verdicts} == {"pass"}
