@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import socket
 import threading
@@ -18,7 +19,7 @@ from serving_world import MODEL, World, echo, eventually, said, serve, sse
 
 from deploy.engine import Scripted
 from feedback.errors import EngineRefused, NotDurable
-from feedback.events import Event, FinishedText, Sealed, StartedText
+from feedback.events import Event, FeedbackGiven, FinishedText, Sealed, StartedText
 from serving.config import RecordSettings, ServerSettings
 
 
@@ -45,6 +46,18 @@ def test_the_openai_client_works_unchanged(world: World) -> None:
         assert reply.choices[0].finish_reason == "stop"
         # Prompt: "how are you" is 3 words; answer: "old heard how are you" is 5.
         assert reply.usage and (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (3, 5, 8)
+
+
+def test_the_readme_s_first_chat_and_rating(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.setenv("KEY", world.secret)
+    scope: dict[str, Any] = {}
+    exec(code.replace("http://127.0.0.1:8000", world.url), scope)
+    scope["client"].close()
+    (given,) = [event for event in world.events() if isinstance(event, FeedbackGiven)]
+    (asked,) = world.started()
+    assert (given.target, given.value, given.rater) == (asked.interaction_id, "up", asked.subject)
 
 
 def test_the_openai_client_streams(world: World) -> None:
