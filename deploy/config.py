@@ -63,7 +63,7 @@ class RolloutSettings(Section):
     weight: float = Field(default=0.3, gt=0, le=0.5)
     """Share of users who get the canary; as many get the baseline."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
-    """Risk of ever promoting one that people like no better; the i-th promotion is tested at alpha / (i (i + 1))."""
+    """Risk of ever promoting one that people like no better; the i-th canary is tested at alpha / (i (i + 1))."""
     guard_alpha: float = Field(default=0.025, gt=0, lt=1)
     """Risk, shared by all guards, of stopping a canary that is no worse."""
     guard_margin: float = Field(default=0.1, ge=0, lt=1)
@@ -81,7 +81,7 @@ class RolloutSettings(Section):
     lease_s: float = Field(default=10.0, gt=0)
     """How long a leader that has gone silent stays leader."""
     drain_s: float = Field(default=60.0, ge=0)
-    """How long a name that nobody needs any more stays loaded, and longer while an answer of it is being written."""
+    """How long a name that nobody needs any more stays loaded; answers being written go on."""
 
 
 class GateSettings(Section):

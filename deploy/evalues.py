@@ -51,9 +51,9 @@ def e_value(values: Sequence[float]) -> float:
     return math.exp(min(top, 700.0)) * float(np.exp(logs - top).mean())
 
 
-def threshold(promotion: int, alpha: float) -> float:
-    """i(i+1)/alpha for the i-th promotion ever: 1/(i(i+1)) sums to 1, so all promotions together risk alpha."""
-    return promotion * (promotion + 1) / alpha
+def threshold(number: int, alpha: float) -> float:
+    """i(i+1)/alpha for the i-th canary ever: 1/(i(i+1)) sums to 1, so all canaries together risk alpha."""
+    return number * (number + 1) / alpha
 
 
 def confidence_sequence(values: Sequence[float], alpha: float) -> tuple[float, float]:
@@ -127,14 +127,14 @@ class WinTest:
     verdict: Verdict
 
 
-def win_test(votes: Mapping[str, Sequence[float]], promotion: int, settings: RolloutSettings) -> WinTest:
+def win_test(votes: Mapping[str, Sequence[float]], number: int, settings: RolloutSettings) -> WinTest:
     """`votes`: for each rater, in the order of their first votes, 1 for the canary, 0 for stable, 1/2 for neither.
 
     pass: the e-value is at least the threshold; fail: even the upper bound of the win rate is below `futility`; else
     inconclusive, with how many raters are missing.
     """
     values = rater_means(votes, settings.votes_per_rater)
-    bar, found = threshold(promotion, settings.alpha), e_value(values)
+    bar, found = threshold(number, settings.alpha), e_value(values)
     low, high = confidence_sequence(values, settings.alpha)
     needed, mean = raters_needed(values, bar), float(np.mean(values)) if values else None
     if mean is None:

@@ -51,7 +51,7 @@ class RolloutRecord(Model):
     stable: str
     """What it is compared with: stable when it began."""
     number: int
-    """The i-th rollout ever; the win test's threshold grows with it."""
+    """It would be the i-th canary ever; the win test's threshold grows with it."""
     state: str
     weight: float
     salt: str

@@ -38,7 +38,7 @@ def test_an_e_value_of_very_many_wins_is_a_number() -> None:
     assert math.isfinite(e_value([1.0] * 5000))
 
 
-def test_thresholds_of_all_promotions_together_risk_alpha() -> None:
+def test_thresholds_of_all_canaries_together_risk_alpha() -> None:
     assert [threshold(i, 0.05) for i in (1, 2, 3)] == pytest.approx([40, 120, 240])
     # sum of 1/(i(i+1)) for i = 1..n is 1 - 1/(n+1)
     assert sum(1 / threshold(i, 0.05) for i in range(1, 1000)) == pytest.approx(0.05 * (1 - 1 / 1000), abs=1e-12)
