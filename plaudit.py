@@ -21,10 +21,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from deploy.config import EngineSettings, GateSettings, PolicySettings, RolloutSettings
+from deploy.manifest import base_config
 from deploy.registry import Registry
+from examples import NAMES
 from feedback import config
 from feedback.errors import ConfigError, Conflict, InvalidInput, PlauditError
-from feedback.keys import SCOPES, ApiKey, Scope
+from feedback.keys import SCOPES, ApiKey
 from feedback.stores import Stores, open_stores
 from serving.config import ComparisonSettings, GatewaySettings, RecordSettings, ServerSettings
 from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
@@ -39,7 +41,6 @@ for group, commands in (("adapters", adapters_app), ("feedback", feedback_app), 
 console, errors = (Console(stderr=stderr, highlight=False, markup=False, emoji=False) for stderr in (False, True))
 say = partial(console.print, soft_wrap=True)
 complain = partial(errors.print, soft_wrap=True, style="red")
-ADMIN: tuple[Scope, ...] = SCOPES
 
 
 class Settings(config.Settings):
@@ -113,9 +114,7 @@ def opened(path: Path | None, process: str) -> Iterator[tuple[Settings, Stores, 
 def policy_folder(settings: Settings) -> Path:
     """Where the base model lies; a shipped policy is made ready first. Raises InvalidInput where it is no model."""
     base = settings.policy.base
-    from deploy.manifest import base_config
-
-    if base in ("concierge", "smollm2"):
+    if base in NAMES:
         # In a process of its own: converting needs torch, and the gateway stays small.
         code = "import sys, examples, pathlib; print(examples.load(sys.argv[1]).policy_dir(pathlib.Path(sys.argv[2])))"
         made = subprocess.run(
@@ -171,7 +170,7 @@ def _ready(url: str) -> None:
 
 def _first_key(stores: Stores, settings: Settings) -> None:
     if stores.api_keys.count() == 0 and settings.feedback.auth:
-        key, secret = stores.api_keys.create("admin", ADMIN, person=True)
+        key, secret = stores.api_keys.create("admin", SCOPES, person=True)
         say(f"First start: the admin's key {key.id} is shown this once:\n  {secret}")
 
 
