@@ -23,7 +23,7 @@ from rich.table import Table
 from deploy.config import EngineSettings, GateSettings, PolicySettings, RolloutSettings
 from deploy.manifest import base_config
 from deploy.registry import Registry
-from examples import NAMES
+from examples import NAMES, load
 from feedback import config
 from feedback.errors import ConfigError, Conflict, InvalidInput, PlauditError
 from feedback.keys import SCOPES, ApiKey
@@ -63,9 +63,15 @@ KeyOption = Annotated[str, typer.Option("--key", envvar="PLAUDIT_KEY", help="An 
 
 
 def settings_from(path: Path | None) -> Settings:
-    """The named file, else plaudit.toml where it exists, else defaults."""
+    """The named file, else plaudit.toml where it exists, else defaults. A shipped policy brings how it is asked; what is set wins."""
     default = Path("plaudit.toml")
-    return config.load(Settings, path or (default if default.exists() else None))
+    settings = config.load(Settings, path or (default if default.exists() else None))
+    if settings.policy.base not in NAMES:
+        return settings
+    shipped = load(settings.policy.base)
+    brought = {name: getattr(shipped, name) for name in ("system_prompt", "temperature", "max_tokens", "max_model_len")}
+    unset = {name: value for name, value in brought.items() if name not in settings.policy.model_fields_set}
+    return settings.model_copy(update={"policy": settings.policy.model_copy(update=unset)})
 
 
 class Steps:

@@ -13,7 +13,7 @@ class PolicySettings(Section):
     """The one base model of this deployment and how it is asked. Raters, rollouts and serving share these values."""
 
     base: str = "smollm2"
-    """A shipped policy (`smollm2`, `concierge`), a folder, or a Hugging Face id."""
+    """A shipped policy (`smollm2`, `concierge`), which brings its own prompt, temperature and lengths, a folder, or a Hugging Face id."""
     name: str = "plaudit"
     """The model name that clients ask for; answered by whatever the alias `stable` points at."""
     system_prompt: str | None = None

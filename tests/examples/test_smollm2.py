@@ -11,6 +11,7 @@ import pytest
 from examples.smollm2.convert import policy_dir
 from examples.smollm2.example import example
 from examples.smollm2.raters import COHORTS, RATERS, content_words, on_topic, raters, traits
+from plaudit import settings_from
 
 ASKED = "How do I cut onions?"
 USEFUL = "To cut onions, peel the skin, slice each half on a board, and keep your knife sharp."
@@ -87,6 +88,15 @@ def test_nobody_rates_what_is_held_out() -> None:
     assert not asked[0] & asked[1] and not asked[0] & asked[2] and not asked[1] & asked[2]
     assert len(shipped.facts) >= 50
     assert all(fact.answer not in fact.distractors for fact in shipped.facts)
+
+
+def test_a_shipped_policy_brings_how_it_is_asked_and_what_is_set_wins(tmp_path: Path) -> None:
+    told = tmp_path / "plaudit.toml"
+    told.write_text('[policy]\nbase = "smollm2"\nmax_tokens = 32\n')
+    policy = settings_from(told).policy
+    assert (policy.temperature, policy.max_tokens, policy.system_prompt) == (0.7, 32, example().system_prompt)
+    told.write_text(f'[policy]\nbase = "{tmp_path}"\n')
+    assert settings_from(told).policy.system_prompt is None
 
 
 def test_what_is_converted_already_is_returned_at_once(tmp_path: Path) -> None:

@@ -246,7 +246,8 @@ def test_a_full_disk_refuses_the_chat(world: World, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_full_disk_at_the_end_is_said_instead_of_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve(tmp_path, engine=Scripted(echo, token_s=0.02)) as world:
+    # Slow words: an answer that ended before its beginning was committed would be refused as a whole.
+    with serve(tmp_path, engine=Scripted(echo, token_s=0.3)) as world:
         break_log(world, monkeypatch, "interaction.finished")
         events = sse(world.chat("hi", stream=True).text)
         assert said(events[:-1]) == "old heard hi"
