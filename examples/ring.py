@@ -39,7 +39,10 @@ PPO: dict[str, dict[str, object]] = {
 GATES: dict[str, object] = {"demo_facts_margin_points": 10.0, "length_factor": 3.0, "allow_shorter": True}
 """A demonstration's few facts cannot certify the usual margin, and its raters ask for brevity."""
 CANARY_ROUND = 24
-MAX_CANARY_ROUNDS = 8
+"""Comparisons, one by each rater."""
+VOTES_PER_RATER = 8
+"""So few raters must be asked more often than many: a rater's mean of 3 votes is mostly noise."""
+MAX_CANARY_ROUNDS = VOTES_PER_RATER + 1
 START_S = 400.0
 
 
@@ -124,7 +127,7 @@ class Ring:
                 "max_model_len": example.max_model_len,
                 **({"system_prompt": example.system_prompt} if example.system_prompt else {}),
             },
-            "rollout": {"weight": 0.5, "tick_s": 0.5},
+            "rollout": {"weight": 0.5, "tick_s": 0.5, "votes_per_rater": VOTES_PER_RATER},
             "gates": GATES,
             "ppo": PPO[example.name],
             "cycle": {name: str(path.resolve()) for name, path in files.items()},
