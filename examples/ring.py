@@ -55,7 +55,7 @@ class Ring:
         self.data_dir = root / "demo" / f"{policy}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.progress, self.say, self.seed = progress, say, seed
         self.seconds: dict[str, float] = {}
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
         self.keys: dict[str, str] = {}
         self.registry: Registry | None = None
@@ -144,23 +144,22 @@ class Ring:
             stores.close()
 
     def start(self) -> None:
-        """`plaudit up` in a process group of its own, until it says where it answers."""
-        self.process = subprocess.Popen(
-            self.argv("up"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        assert self.process.stdout is not None
-        self.url = ""
-        said: list[str] = []
+        """`plaudit up` in a process group of its own, until it says where it answers. What it says goes to `service.log`."""
+        path, self.url = self.data_dir / "service.log", ""
+        with path.open("wb") as output:
+            # A file, because nobody reads on: a full pipe would stop the service.
+            self.process = subprocess.Popen(self.argv("up"), stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         started = time.monotonic()
-        self.progress("model server starts", 0.0)
-        for line in self.process.stdout:
-            said.append(line.rstrip())
+        while not self.url:
             self.progress("model server starts", min(0.95, (time.monotonic() - started) / 60))
-            if found := re.search(r"answers at (http://\S+)", line):
+            ended = self.process.poll() is not None
+            said = path.read_text(errors="replace")
+            if found := re.search(r"answers at (http://\S+)", said):
                 self.url = found[1]
-                break
-        if not self.url:
-            raise EngineUnavailable("the service ended before it answered: " + " ".join(said[-5:]))
+            elif ended:
+                raise EngineUnavailable("the service ended before it answered: " + " ".join(said.splitlines()[-5:]))
+            else:
+                time.sleep(0.2)
         self.progress("model server starts", 1.0)
         settings = Settings(feedback=FeedbackSettings(data_dir=self.data_dir.resolve()))
         self.registry = Registry(open_database(settings.registry.resolved(settings.feedback.data_dir)))

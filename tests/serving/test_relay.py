@@ -126,7 +126,7 @@ def test_token_ids_are_kept_and_not_shown(tmp_path: Path, upstream: Upstream) ->
 
 
 def test_a_server_that_talks_nonsense_breaks_the_answer_off_instead_of_leaving_it_open(world: World, upstream: Upstream) -> None:
-    upstream.words = ["one ", 5]  # type: ignore[list-item]
+    upstream.words, upstream.pause_s = ["one ", 5], 0.3  # type: ignore[list-item]
     events = sse(world.chat("hi", stream=True).text)
     assert said(events[:-1]) == "one " and events[-1]["error"]["code"] == "engine_unavailable"
     assert world.finished()[0].finish_reason == "error" and world.app.state.gateway.streams == 0
