@@ -40,7 +40,7 @@ GATES: dict[str, object] = {"demo_facts_margin_points": 10.0, "length_factor": 3
 """A demonstration's few facts cannot certify the usual margin, and its raters ask for brevity."""
 CANARY_ROUND = 24
 """Comparisons, one by each rater."""
-VOTES_PER_RATER = 8
+VOTES_PER_RATER = 6
 """So few raters must be asked more often than many: a rater's mean of 3 votes is mostly noise."""
 MAX_CANARY_ROUNDS = VOTES_PER_RATER + 1
 START_S = 400.0
