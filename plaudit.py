@@ -233,13 +233,13 @@ def demo(
 def report(
     adapter: str, config_path: ConfigPath = None, out: Annotated[Path | None, typer.Option(help="Default: data/reports.")] = None
 ) -> None:
-    """Write the report of an adapter: one self-contained HTML file."""
+    """Write the report of an adapter, one self-contained HTML file, and print its gist."""
     from trainer.report import report_of
 
     with opened(config_path, "report") as (settings, _, registry):
         record = registry.adapter(adapter)
         target = out or settings.feedback.data_dir / "reports" / f"{record.id}.html"
-        report_of(record, registry, settings.feedback.data_dir, target)
+        say(report_of(record, registry, settings.feedback.data_dir, target))
         say(f"report: {target}")
 
 

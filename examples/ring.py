@@ -78,8 +78,7 @@ class Ring:
             await self._timed("report", self._command("report", rollout.adapter))
         finally:
             (self.data_dir / "ring.json").write_text(json.dumps({"policy": self.example.name, "seconds": self.seconds}, indent=1))
-        self.say(f"The ring closed: {rollout.adapter[:16]} answers at {self.url}. {rollout.reason}")
-        self.say(f"Report: {self.data_dir / 'reports' / (rollout.adapter + '.html')}")
+        self.say(f"The ring closed: {rollout.adapter[:16]} answers at {self.url}.")
         self.say(" · ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items()))
         return True
 
