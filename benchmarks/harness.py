@@ -16,6 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deploy.config import GateSettings
+from deploy.gates import Evaluation, judge
+from examples.ring import GATES
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "bench"
 ROOMS = ("feedback", "deploy", "serving", "trainer", "examples")
@@ -48,6 +52,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def refusals(evaluation: Mapping[str, Any]) -> list[str]:
+    """What the demonstration's gates have against a candidate.
+
+    The gate that knows about shuffled labels is told nothing: a control is caught only by what the others measure.
+    """
+    found = Evaluation.model_validate({**evaluation, "shuffled": False})
+    return [f"{each.name}: {each.reason}" for each in judge(found, GateSettings.model_validate(GATES)) if each.verdict != "pass"]
 
 
 class Cells:

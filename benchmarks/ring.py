@@ -23,13 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, quick
-from deploy.config import GateSettings
-from deploy.gates import Evaluation, judge
+from benchmarks.harness import Report, quick, refusals
 from examples import load
 from examples.base import Example
 from examples.concierge.world import World
-from examples.ring import GATES, PPO
+from examples.ring import PPO
 from feedback import snapshot
 from feedback.config import FeedbackSettings, Settings
 from feedback.events import Event, FeedbackGiven, FinishedText, InteractionFinished, InteractionStarted, Side, Slot, StartedText
@@ -161,9 +159,6 @@ def learned(world: int, seed: int, *, shuffled: bool) -> dict[str, Any]:
         result = run_cycle(job, LearningSettings(reward_model=_reward_model(), ppo=_ppo(), cycle=cycle), folder)
         candidate = Policy.load(job.policy, adapter=result.folder / "policy")
         ppo, reward = read_json(result.folder / "ppo.json"), read_json(result.folder / "reward.json")
-        # The gate that knows about the shuffling is left out: the others must notice by what they measure.
-        found = Evaluation.model_validate(result.evaluation | {"shuffled": False})
-        verdicts = judge(found, GateSettings.model_validate(GATES))
         return {
             "wins": Judge(World(world), example, candidate).wins(candidate, seed),
             "ratings": ratings,
@@ -172,7 +167,7 @@ def learned(world: int, seed: int, *, shuffled: bool) -> dict[str, Any]:
             "held_out_accuracy": reward["accuracy"]["prompts"],
             "likelihood_gain": reward["likelihood_gain"],
             "stopped_because": ppo["stopped_because"],
-            "refused": [f"{each.name}: {each.reason}" for each in verdicts if each.verdict != "pass"],
+            "refused": refusals(result.evaluation),
             "stage_seconds": result.seconds,
         }
 

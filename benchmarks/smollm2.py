@@ -21,12 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import Report, quick
-from deploy.config import GateSettings
-from deploy.gates import Evaluation, judge
+from benchmarks.harness import Report, quick, refusals
 from deploy.registry import Registry
 from examples.base import Example
-from examples.ring import GATES, Ring
+from examples.ring import Ring
 from examples.smollm2.example import example
 from examples.smollm2.raters import on_topic, traits
 from feedback.database import open_database
@@ -161,9 +159,8 @@ def main() -> int:
 
     def control() -> dict[str, Any]:
         broken, its_evaluation, its_training = shuffled(folder)
-        verdicts = judge(Evaluation.model_validate(its_evaluation), GateSettings.model_validate(GATES))
-        refusals = [f"{each.name}: {each.reason}" for each in verdicts if each.verdict != "pass"]
-        return judged(shipped, path, broken, base) | {"refused": refusals, "stopped_because": its_training["stopped_because"]}
+        told = {"refused": refusals(its_evaluation), "stopped_because": its_training["stopped_because"]}
+        return judged(shipped, path, broken, base) | told
 
     noise = report.cells.get({"what": "shuffled", "adapter": adapter.name}, control)
     before, name = described(base), "on_topic_and_says_something"

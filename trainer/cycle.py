@@ -227,7 +227,8 @@ class _Cycle:
             self.progress("second reward model", 0.5)
             fit(watch, settings).save(self.folder / "watch_model.safetensors")
         self.progress("held-out accuracy", 0.8)
-        accuracy = held_out(labels, settings, str(model.about["map"]), float(str(model.about["ridge"])))
+        chosen = str(model.about["map"]), float(str(model.about["ridge"]))
+        accuracy = held_out(labels, settings, *chosen)
         warnings = list(labels.warnings)
         if model.about["ridge_at_grid_edge"]:
             warnings.append(f"reward model: the best ridge {model.about['ridge']} lies on the edge of what was compared")
@@ -244,7 +245,7 @@ class _Cycle:
             "ratings_by_rater": {name: int(n) for name, n in zip(labels.raters, _ratings_by_rater(labels), strict=True)},
             "second": watch is not None,
             "accuracy": {name: asdict(value) if value else None for name, value in accuracy.items()},
-            "likelihood_gain": asdict(likelihood_gain(labels, settings, str(model.about["map"]), float(str(model.about["ridge"])))),
+            "likelihood_gain": asdict(likelihood_gain(labels, settings, *chosen)),
             "tastes": [asdict(taste) | {"words": taste.words} for taste in tastes(labels)],
             "warnings": warnings,
             "shuffled": self.settings.cycle.shuffle_labels,
