@@ -6,6 +6,7 @@
 FROM python:3.11-slim-bookworm AS source
 WORKDIR /plaudit
 COPY pyproject.toml README.md requirements.lock plaudit.py ./
+COPY commands commands
 COPY feedback feedback
 COPY deploy deploy
 COPY serving serving

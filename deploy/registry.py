@@ -7,7 +7,6 @@ row and puts the event into the outbox. Nothing here decides; `rollout.py` does.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from deploy.manifest import read_manifest, vllm_name
 from deploy.records import AdapterRecord, Alias, Attestation, RolloutRecord, State
 from deploy.routing import AdapterRef, RoutingTable
-from deploy.tables import adapters, alias_history, aliases, attestations, audit, facts, holdings, leases, metadata, outbox, rollouts
+from deploy.tables import adapters, alias_history, aliases, attestations, facts, holdings, leases, metadata, outbox, rollouts
+from feedback import audit
 from feedback.clock import wall_ms
 from feedback.database import create_tables, transaction
 from feedback.errors import Conflict, InvalidInput, NotDurable, NotFound
@@ -36,6 +36,7 @@ class Registry:
 
     def __init__(self, engine: Engine, tenant: str = "default") -> None:
         create_tables(engine, metadata)
+        audit.open_audit(engine)
         self._engine = engine
         self._tenant = tenant
         with transaction(engine) as db:
@@ -267,11 +268,6 @@ class Registry:
             db.execute(update(leases).where(leases.c.name == name).values(holder=holder, epoch=epoch, expires_ms=expires))
             return epoch
 
-    def audit_rows(self) -> list[dict[str, JsonValue]]:
-        """Oldest first."""
-        with self._read() as db:
-            return [dict(row._mapping) for row in db.execute(select(audit).order_by(audit.c.id))]
-
     def unsent(self, limit: int = 100) -> list[Event]:
         """Events of changes that are not in the event log yet."""
         with self._read() as db:
@@ -303,14 +299,11 @@ class Registry:
 
     @contextmanager
     def _change(self, actor: str, action: str, subject: str, reason: str) -> Iterator[Connection]:
-        """A change with its audit row: each digest covers the row and the digest before it."""
+        """A change with its audit row."""
         with self._write() as db:
             yield db
             db.execute(update(facts).where(facts.c.name == "version").values(value=facts.c.value + 1))
-            last = db.execute(select(audit.c.digest).order_by(audit.c.id.desc()).limit(1)).scalar()
-            values = {"at_ms": wall_ms(), "actor": actor, "action": action, "subject": subject, "reason": reason}
-            digest = hashlib.sha256(json.dumps([last, values], sort_keys=True).encode()).hexdigest()
-            db.execute(insert(audit).values(**values, digest=digest))
+            audit.record(db, actor, action, subject, reason)
 
     @contextmanager
     def _step(self, rollout_id: str, state: str, by: str, to: str, epoch: int | None) -> Iterator[tuple[Connection, RolloutRecord]]:

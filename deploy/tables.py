@@ -71,17 +71,6 @@ holdings = Table(
     Column("names", JSON, nullable=False),
     Column("at_ms", BigInteger, nullable=False),
 )
-audit = Table(
-    "audit",
-    metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("at_ms", BigInteger, nullable=False),
-    Column("actor", String(200), nullable=False),
-    Column("action", String(60), nullable=False),
-    Column("subject", String(80), nullable=False),
-    Column("reason", String, nullable=False),
-    Column("digest", String(64), nullable=False),
-)
 outbox = Table(
     "outbox",
     metadata,

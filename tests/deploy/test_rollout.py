@@ -17,6 +17,7 @@ from deploy.records import RolloutRecord
 from deploy.registry import Registry
 from deploy.replica import ReplicaAgent
 from deploy.rollout import Rollout, approve, stop
+from feedback import audit
 from feedback.config import FeedbackSettings, Settings
 from feedback.errors import NotAllowed, NotFound, PromotionRefused
 from feedback.events import Arm, Event, FeedbackGiven, InteractionFinished, InteractionStarted, Side, new_id
@@ -287,7 +288,7 @@ def test_every_change_is_audited_and_told_to_the_log(ring: Ring) -> None:
     adapter = ring.to_approval(1)
     approve(ring.registry, ring.rollout.settings, adapter, MARA)
     ring.look()
-    actions = [row["action"] for row in ring.registry.audit_rows()]
+    actions = [row["action"] for row in audit.read(ring.stores.engine)]
     assert actions == [
         "adapter.registered",
         "alias.moved",

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from commands.settings import settings_from
 from examples.smollm2.convert import policy_dir
 from examples.smollm2.example import example
 from examples.smollm2.raters import COHORTS, RATERS, content_words, on_topic, raters, traits
-from plaudit import settings_from
 
 ASKED = "How do I cut onions?"
 USEFUL = "To cut onions, peel the skin, slice each half on a board, and keep your knife sharp."

@@ -12,12 +12,13 @@ from pydantic import BaseModel
 from typer.main import get_command
 
 import plaudit
+from commands.settings import Settings
 from feedback import events
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = "\n".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
 README = (ROOT / "README.md").read_text()
-ROOMS = ("serving", "feedback", "trainer", "deploy", "examples")
+ROOMS = ("commands", "serving", "feedback", "trainer", "deploy", "examples")
 
 
 def test_readme_shows_every_file_of_the_rooms() -> None:
@@ -36,7 +37,7 @@ def test_readme_shows_no_file_that_is_gone() -> None:
 def sections() -> list[tuple[str, type[BaseModel]]]:
     return [
         (name, field.annotation)
-        for name, field in plaudit.Settings.model_fields.items()
+        for name, field in Settings.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
     ]
 

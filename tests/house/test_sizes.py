@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CODE = ("feedback", "deploy", "serving", "trainer", "examples", "benchmarks")
+CODE = ("commands", "feedback", "deploy", "serving", "trainer", "examples", "benchmarks")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8

@@ -1,0 +1,61 @@
+"""`plaudit adapters ...`: which adapter may answer whom."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from commands.settings import ConfigPath, KeyOption, opened, operator
+from commands.terminal import console, say
+from deploy import rollout
+
+app = typer.Typer(no_args_is_help=True, help="Which adapter may answer whom.")
+
+
+@app.command("list")
+def list_adapters(config_path: ConfigPath = None) -> None:
+    """All adapters and where they stand."""
+    with opened(config_path, "operator") as (_, _stores, registry):
+        table = Table("adapter", "kind", "state", "registered by", "why")
+        for each in registry.adapters():
+            table.add_row(each.id[:16], each.kind, each.state, each.registered_by, each.reason)
+        console.print(table)
+
+
+@app.command("show")
+def show_adapter(adapter: str, config_path: ConfigPath = None) -> None:
+    """Manifest, attestations and rollouts of one adapter, as JSON."""
+    with opened(config_path, "operator") as (_, _stores, registry):
+        record = registry.adapter(adapter)
+        found = {
+            "adapter": record.model_dump(mode="json"),
+            "manifest": record.manifest.model_dump(mode="json"),
+            "attestations": [each.model_dump(mode="json") for each in registry.attestations(record.id)],
+            "rollouts": [each.model_dump(mode="json") for each in registry.rollouts(record.id)],
+        }
+        console.print_json(json.dumps(found))
+
+
+@app.command("promote")
+def promote(adapter: str, key: KeyOption, config_path: ConfigPath = None) -> None:
+    """Approve the canary that waits for it. Needs another person's key than the one that registered it."""
+    with opened(config_path, "operator") as (settings, stores, registry):
+        done = rollout.approve(registry, settings.rollout, adapter, stores.api_keys.check(key))
+        say(f"{done.adapter[:16]} is stable: {done.reason}")
+
+
+@app.command("rollback")
+def rollback(key: KeyOption, reason: Annotated[str, typer.Option(help="Goes into the audit.")], config_path: ConfigPath = None) -> None:
+    """`previous` answers again."""
+    with opened(config_path, "operator") as (_, stores, registry):
+        say(f"{registry.rollback(operator(stores, key, 'adapters:promote').owner, reason)[:16]} is stable again")
+
+
+@app.command("stop")
+def stop_rollout(key: KeyOption, reason: Annotated[str, typer.Option(help="Goes into the audit.")], config_path: ConfigPath = None) -> None:
+    """End the running rollout; stable answers everybody."""
+    with opened(config_path, "operator") as (_, stores, registry):
+        say(rollout.stop(registry, reason, stores.api_keys.check(key)).reason)
