@@ -22,7 +22,7 @@ from deploy.routing import AdapterRef, RoutingTable
 from deploy.tables import adapters, alias_history, aliases, attestations, facts, holdings, leases, metadata, outbox, rollouts
 from feedback import audit
 from feedback.clock import wall_ms
-from feedback.database import create_tables, transaction
+from feedback.database import create_tables, ensure_row
 from feedback.errors import Conflict, InvalidInput, NotDurable, NotFound
 from feedback.events import AdapterEvent, Event, RolloutEvent, decode, encode, new_id
 
@@ -39,10 +39,8 @@ class Registry:
         audit.open_audit(engine)
         self._engine = engine
         self._tenant = tenant
-        with transaction(engine) as db:
-            for name in ("version", "epoch"):
-                if db.execute(select(facts.c.value).where(facts.c.name == name)).first() is None:
-                    db.execute(insert(facts).values(name=name, value=0))
+        for name in ("version", "epoch"):
+            ensure_row(engine, facts, "name", {"name": name, "value": 0})
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 

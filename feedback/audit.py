@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import BigInteger, Column, Connection, Engine, Integer, MetaData, String, Table, insert, select, update
 
 from feedback.clock import wall_ms
-from feedback.database import create_tables, transaction
+from feedback.database import create_tables, ensure_row, transaction
 
 metadata = MetaData()
 rows = Table(
@@ -61,9 +61,7 @@ class Head:
 def open_audit(engine: Engine) -> None:
     """Create what is missing."""
     create_tables(engine, metadata)
-    with transaction(engine) as db:
-        if db.execute(select(head.c.id)).first() is None:
-            db.execute(insert(head).values(id=1, rows=0, digest=EMPTY))
+    ensure_row(engine, head, "id", {"id": 1, "rows": 0, "digest": EMPTY})
 
 
 def record(db: Connection, actor: str, action: str, subject: str, reason: str) -> None:

@@ -6,12 +6,12 @@ SQLite for one machine, any SQLAlchemy URL (PostgreSQL) for several. Each room c
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, MetaData, create_engine, event
+from sqlalchemy import Connection, Engine, MetaData, Table, create_engine, event, insert, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -45,6 +45,20 @@ def transaction(engine: Engine) -> Iterator[Connection]:
             yield db
     except SQLAlchemyError as exc:
         raise NotDurable(f"the registry's database does not answer: {exc.__cause__ or exc}", retry_after_s=2) from exc
+
+
+def ensure_row(engine: Engine, table: Table, key: str, values: Mapping[str, Any]) -> None:
+    """Insert the row unless one with this key is there. Safe when several processes do it at once. Raises NotDurable."""
+    there = select(table.c[key]).where(table.c[key] == values[key])
+    try:
+        with transaction(engine) as db:
+            if db.execute(there).first() is None:
+                db.execute(insert(table).values(**values))
+    except NotDurable:
+        # Another process may have been faster; then the row is there now.
+        with transaction(engine) as db:
+            if db.execute(there).first() is None:
+                raise
 
 
 def create_tables(engine: Engine, metadata: MetaData) -> None:

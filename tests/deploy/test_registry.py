@@ -55,7 +55,8 @@ def test_an_empty_registry_routes_nobody(database: Engine) -> None:
 
 
 def test_a_first_start_that_cannot_be_written_is_one_clear_error(database: Engine) -> None:
-    create_tables(database, metadata)
+    for tables in (metadata, audit.metadata):
+        create_tables(database, tables)
     database.dispose()
     # As on a full disk: the tables are there, and nothing more is taken.
     event.listen(database, "connect", lambda connection, _: connection.execute("PRAGMA query_only=ON"))
