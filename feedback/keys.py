@@ -63,6 +63,12 @@ class ApiKey(Model):
         if scope not in self.scopes:
             raise NotAllowed(f"key {self.id} has scopes {', '.join(self.scopes)}; this needs '{scope}'", field="scope")
 
+    def require_origin(self, origin: str | None) -> None:
+        """Raises NotAllowed where a browser sends this from a web origin that the key does not list. Other programs send none."""
+        if origin is not None and self.origins and origin not in self.origins:
+            allowed = ", ".join(self.origins)
+            raise NotAllowed(f"key {self.id} may be used from {allowed}, not from {origin[:200]}", field="Origin")
+
 
 class ApiKeys:
     """Thread-safe."""

@@ -23,13 +23,15 @@ from deploy.registry import Registry
 from feedback.errors import NotDurable
 from feedback.stores import Stores
 from serving import errors
+from serving.access import PUBLIC, add_route, document
 from serving.chat import Gateway, chat, check_model
 from serving.config import GatewaySettings
-from serving.rating import REASONS, give, read
+from serving.openai_api import ChatRequest
+from serving.rating import REASONS, Said, give, read
 from serving.record import Recorder
 from serving.route import RouteWatch
 from serving.standing import Standings
-from serving.who import Doorman, give_session
+from serving.who import Access, Doorman, give_session
 
 DRAIN_S = 5.0
 """How long a shutdown waits for answers in flight to record how far they came."""
@@ -39,7 +41,7 @@ def create_app(stores: Stores, registry: Registry, engine: Engine, settings: Gat
     """The gateway over these stores. The caller closes `stores`; `engine` is closed at shutdown."""
     server = settings.server
     route = RouteWatch(registry.routing, server.route_refresh_s, server.route_max_age_s)
-    doorman = Doorman(stores.api_keys, stores.subjects, tenant=settings.feedback.tenant, auth=settings.feedback.auth, page=server.page)
+    doorman = Doorman(stores, settings)
     recorder = Recorder(stores.log, stores.subjects, settings.record.recording)
     standings = Standings(stores.archive, stores.logs, stores.subjects, settings.feedback.tenant, settings.feedback.token_expiry_s)
     gateway = Gateway(settings, engine, stores, route, doorman, recorder, standings)
@@ -67,17 +69,19 @@ def create_app(stores: Stores, registry: Registry, engine: Engine, settings: Gat
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key"],
             expose_headers=["Plaudit-Feedback-Token", "Plaudit-Recorded", "Retry-After"],
         )
-    app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
-    app.add_api_route("/v1/models", models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", model, methods=["GET"])
-    app.add_api_route("/v1/feedback", give, methods=["POST"])
-    app.add_api_route("/v1/feedback", read, methods=["GET"])
-    app.add_api_route("/livez", live, methods=["GET"])
-    app.add_api_route("/readyz", ready, methods=["GET"])
-    app.add_api_route("/metrics", measured, methods=["GET"])
+    add_route(app, "POST", "/v1/chat/completions", chat, Access(scope="chat", session=True), body=ChatRequest)
+    add_route(app, "GET", "/v1/models", models, Access(scope="chat", session=True))
+    add_route(app, "GET", "/v1/models/{name:path}", model, Access(scope="chat", session=True))
+    add_route(app, "POST", "/v1/feedback", give, Access(scope="feedback", token=True), body=Said)
+    add_route(app, "GET", "/v1/feedback", read, Access(scope="feedback", token=True))
+    add_route(app, "GET", "/livez", live, PUBLIC)
+    add_route(app, "GET", "/readyz", ready, PUBLIC)
+    add_route(app, "GET", "/metrics", measured, PUBLIC)
+    add_route(app, "GET", "/openapi.json", described, PUBLIC)
     if server.page:
         app.state.page = Page(settings)
-        app.add_api_route("/", page, methods=["GET"])
+        add_route(app, "GET", "/", page, PUBLIC)
+    app.state.described = document(app)
     return app
 
 
@@ -95,11 +99,10 @@ async def model(request: Request, name: str) -> JSONResponse:
 
 def _served(request: Request) -> dict[str, Any]:
     gateway: Gateway = request.app.state.gateway
-    gateway.doorman.caller(request, "chat")
     return {"id": gateway.settings.policy.name, "object": "model", "created": 0, "owned_by": "plaudit"}
 
 
-async def live() -> Response:
+async def live(request: Request) -> Response:
     """`GET /livez`: the process answers."""
     return Response("ok\n", media_type="text/plain")
 
@@ -124,9 +127,14 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse({"ready": not missing, "missing": missing}, 503 if missing else 200)
 
 
-async def measured() -> Response:
+async def measured(request: Request) -> Response:
     """`GET /metrics` for Prometheus."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def described(request: Request) -> JSONResponse:
+    """`GET /openapi.json`: every route, what it takes and who may use it."""
+    return JSONResponse(request.app.state.described)
 
 
 class Page:

@@ -27,6 +27,7 @@ from feedback.events import InteractionStarted, StartedText, new_id
 from feedback.fold import Said
 from feedback.stores import Stores
 from serving import metrics
+from serving.access import caller_of
 from serving.comparison import Seat, lockstep, seats
 from serving.config import GatewaySettings
 from serving.errors import Busy, body_of
@@ -75,7 +76,7 @@ async def chat(request: Request) -> Response:
     """`POST /v1/chat/completions`."""
     arrived = time.perf_counter()
     gateway: Gateway = request.app.state.gateway
-    caller = gateway.doorman.caller(request, "chat")
+    caller = caller_of(request)
     ask = parse(await read_body(request, gateway.settings.server.max_body_bytes))
     check(ask, gateway)
     person = gateway.doorman.person(caller, ask)
@@ -155,7 +156,7 @@ class Reply:
             rollout=seat.rollout,
             propensity=seat.propensity,
             sampling=sampling,
-            key_id=caller.key_id,
+            key_id=caller.key.id if caller.key else None,
         )
         body = engine_body(ask, self.messages, sampling, self.gateway.settings.record.token_ids)
         return Turn(started, {**body, "model": seat.name}, self.gateway.engine, self.gateway.recorder)

@@ -13,14 +13,16 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import Field, StringConstraints, ValidationError
 
-from feedback.errors import InvalidInput, NotAllowed, NotAuthenticated
+from feedback.errors import InvalidInput, NotAllowed
 from feedback.events import FeedbackCleared, FeedbackGiven, FeedbackText, Slot
 from feedback.tokens import Action, Claims
 from serving import metrics
+from serving.access import caller_of
 from serving.chat import Gateway
 from serving.openai_api import Strict, refusal, shown
 from serving.receipt import OF_AN_ANSWER
 from serving.standing import Standing
+from serving.who import Caller
 from serving.wire import read_body
 
 REASONS: dict[str, tuple[str, ...]] = {
@@ -86,10 +88,11 @@ async def give(request: Request) -> JSONResponse:
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= MAX_KEY_CHARS:
         raise InvalidInput(f"Idempotency-Key has {len(key)} characters, it may have 1 to {MAX_KEY_CHARS}.", field="Idempotency-Key")
-    claims = token_of(request, gateway)
     said = parse(body)
+    caller = caller_of(request)
+    claims = caller.claims
     if claims is None:
-        claims = await asyncio.to_thread(claims_of_key, gateway, said.interaction_id)
+        claims = await asyncio.to_thread(claims_of_key, gateway, caller, said.interaction_id)
     elif said.interaction_id not in (None, claims.target):
         raise InvalidInput(
             f"interaction_id: {shown(said.interaction_id)} is not what the token is about; leave it out.", field="interaction_id"
@@ -117,30 +120,17 @@ async def give(request: Request) -> JSONResponse:
 async def read(request: Request) -> JSONResponse:
     """`GET /v1/feedback`: what counts now, and what became of it."""
     gateway: Gateway = request.app.state.gateway
-    claims = token_of(request, gateway)
+    caller = caller_of(request)
+    claims = caller.claims
     if claims is None:
-        claims = await asyncio.to_thread(claims_of_key, gateway, request.query_params.get("interaction_id"))
+        claims = await asyncio.to_thread(claims_of_key, gateway, caller, request.query_params.get("interaction_id"))
     require(claims, "read")
     standing: Standing = await asyncio.to_thread(gateway.standings.of, claims)
     reply = {"state": standing.shown(), "as_of": standing.as_of, "became": standing.became}
     return JSONResponse(reply, headers={"Cache-Control": "no-store"})
 
 
-def token_of(request: Request, gateway: Gateway) -> Claims | None:
-    """The claims of the request's feedback token; None for an API key with the scope `feedback`. Raises NotAuthenticated or Gone."""
-    kind, _, token = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() == "feedback":
-        claims: Claims = gateway.stores.tokens.check(token.strip())
-        if claims.tenant != gateway.settings.feedback.tenant:
-            raise NotAuthenticated("The feedback token belongs to another tenant.", field="Authorization")
-        return claims
-    if kind.lower() != "bearer":
-        raise NotAuthenticated("A feedback token is needed: Authorization: Feedback <token>.", field="Authorization")
-    gateway.doorman.caller(request, "feedback")
-    return None
-
-
-def claims_of_key(gateway: Gateway, interaction_id: str | None) -> Claims:
+def claims_of_key(gateway: Gateway, caller: Caller, interaction_id: str | None) -> Claims:
     """With an API key: what a token of this interaction would allow. Raises InvalidInput or NotFound."""
     if interaction_id is None:
         raise InvalidInput("interaction_id: is missing; with an API key it says what is rated.", field="interaction_id")
