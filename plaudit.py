@@ -44,6 +44,7 @@ def up(config_path: ConfigPath = None) -> None:
             comparison=settings.comparison,
             policy=settings.policy,
             feedback=settings.feedback,
+            limits=settings.limits,
         )
         service = Service(stores, registry, gateway, settings.engine, settings.rollout, settings.gates)
         service.prepare(policy_folder(settings))

@@ -26,6 +26,7 @@ from examples.people import SIMULATED, People, Visit
 from feedback.config import FeedbackSettings, Settings
 from feedback.database import open_database
 from feedback.errors import EngineUnavailable, PlauditError
+from feedback.limits import UNLIMITED
 from feedback.stores import open_stores
 from trainer.facts import write_facts
 
@@ -118,6 +119,7 @@ class Ring:
         sections: dict[str, dict[str, object]] = {
             "feedback": {"data_dir": str(self.data_dir.resolve())},
             "server": {"port": 0},
+            "limits": UNLIMITED.model_dump(),  # two dozen simulated people ask faster than real ones, all with one key
             "policy": {
                 "base": str(policy.resolve()),
                 "name": example.name,

@@ -77,6 +77,23 @@ class KafkaSettings(Section):
     """After so long an event counts as not sent and is tried again."""
 
 
+class LimitSettings(Section):
+    """`[limits]`: how much one caller may ask for; 0 is no limit. Over a limit the answer is 429, with Retry-After."""
+
+    chat_per_minute: int = Field(default=600, ge=0)
+    """Chat requests a minute of one API key; everybody who comes without a key counts as one."""
+    streams_per_key: int = Field(default=8, ge=0)
+    """Replies of one API key that one gateway process writes at once."""
+    streams_per_user: int = Field(default=2, ge=0)
+    """Replies of one person that one gateway process writes at once; a comparison is one."""
+    feedback_per_minute: int = Field(default=30, ge=0)
+    """Changes a minute that one person makes; repeating what stands already is none."""
+    feedback_per_day: int = Field(default=300, ge=0)
+    """Changes a day that one person makes."""
+    changes: int = Field(default=10, ge=0)
+    """How often one person may change what they say about one answer or comparison, within 30 days."""
+
+
 class RegistrySettings(Section):
     """`[registry]`: the database of adapters, routes, API keys and subjects' keys."""
 
@@ -96,6 +113,7 @@ class Settings(BaseSettings):
     feedback: FeedbackSettings = FeedbackSettings()
     kafka: KafkaSettings = KafkaSettings()
     registry: RegistrySettings = RegistrySettings()
+    limits: LimitSettings = LimitSettings()
 
     @classmethod
     def settings_customise_sources(

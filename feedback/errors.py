@@ -5,6 +5,7 @@
     │   └── IdempotencyMismatch   the same Idempotency-Key came with another body
     ├── NotAuthenticated      no key or token, or one that we did not mint
     ├── NotAllowed            a key or token that may not do this
+    ├── TooMany               more than one of `[limits]` allows; come back after retry_after_s
     ├── NotFound              no such thing
     ├── Gone                  it was here: erased, expired or retired
     ├── Conflict              somebody else was first (compare-and-swap, lease)
@@ -47,6 +48,14 @@ class NotAuthenticated(PlauditError):
 
 class NotAllowed(PlauditError):
     """The key or token is ours and may not do this."""
+
+
+class TooMany(PlauditError):
+    """More than one of `[limits]` allows."""
+
+    def __init__(self, message: str, limit: int, *, field: str | None = None, retry_after_s: int | None = None) -> None:
+        super().__init__(message, field=field, retry_after_s=retry_after_s)
+        self.limit = limit
 
 
 class NotFound(PlauditError):

@@ -36,6 +36,8 @@ class CurrentState:
     slots: dict[Slot, FeedbackGiven]
     as_of: int
     """Stamp up to which other machines' events are in it; this machine's are always in."""
+    event_ids: frozenset[str] = frozenset()
+    """Of everything that was said about the target."""
 
 
 def current_state(archive: Archive, logs: SqliteLogs, target: str, rater: str) -> CurrentState:
@@ -47,4 +49,4 @@ def current_state(archive: Archive, logs: SqliteLogs, target: str, rater: str) -
     for (_, whose, slot), event in fold(known).items():
         if whose == rater and isinstance(event, FeedbackGiven):
             slots[slot] = event
-    return CurrentState(slots, as_of)
+    return CurrentState(slots, as_of, frozenset(event.event_id for event in known))

@@ -21,6 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 from deploy.engine import Engine
 from deploy.registry import Registry
 from feedback.errors import NotDurable
+from feedback.limits import InFlight, Limits
 from feedback.stores import Stores
 from serving import errors
 from serving.access import PUBLIC, add_route, document
@@ -44,7 +45,8 @@ def create_app(stores: Stores, registry: Registry, engine: Engine, settings: Gat
     doorman = Doorman(stores, settings)
     recorder = Recorder(stores.log, stores.subjects, settings.record.recording)
     standings = Standings(stores.archive, stores.logs, stores.subjects, settings.feedback.tenant, settings.feedback.token_expiry_s)
-    gateway = Gateway(settings, engine, stores, route, doorman, recorder, standings)
+    limits = Limits(settings.feedback.data_dir / "limits.sqlite", settings.limits)
+    gateway = Gateway(settings, engine, stores, route, doorman, recorder, standings, limits, InFlight(settings.limits))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,6 +58,7 @@ def create_app(stores: Stores, registry: Registry, engine: Engine, settings: Gat
             watching.cancel()
             if gateway.tasks:
                 await asyncio.wait(gateway.tasks, timeout=DRAIN_S)
+            limits.close()
             await engine.close()  # here, because its connections belong to this event loop
 
     app = FastAPI(title="Plaudit", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -67,7 +70,7 @@ def create_app(stores: Stores, registry: Registry, engine: Engine, settings: Gat
             allow_origins=list(server.allowed_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key"],
-            expose_headers=["Plaudit-Feedback-Token", "Plaudit-Recorded", "Retry-After"],
+            expose_headers=["Plaudit-Feedback-Token", "Plaudit-Recorded", "Retry-After", "RateLimit-Limit", "RateLimit-Remaining"],
         )
     add_route(app, "POST", "/v1/chat/completions", chat, Access(scope="chat", session=True), body=ChatRequest)
     add_route(app, "GET", "/v1/models", models, Access(scope="chat", session=True))

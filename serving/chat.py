@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
+from weakref import WeakValueDictionary
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -25,6 +26,7 @@ from deploy.engine import Engine
 from feedback.errors import InvalidInput, NotDurable, NotFound, PlauditError
 from feedback.events import InteractionStarted, StartedText, new_id
 from feedback.fold import Said
+from feedback.limits import InFlight, Limits
 from feedback.stores import Stores
 from serving import metrics
 from serving.access import caller_of
@@ -54,10 +56,14 @@ class Gateway:
     doorman: Doorman
     recorder: Recorder
     standings: Standings
+    limits: Limits
+    in_flight: InFlight
     chance: random.Random = field(default_factory=random.SystemRandom)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     """Turns and commits still running; they outlive the request of a client that left."""
     streams: int = 0
+    speaking: WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(default_factory=WeakValueDictionary)
+    """Held while somebody changes what they say about something, so that the same request sent twice at once is one change."""
 
     async def give(self, event: Said) -> tuple[Said, Literal["local", "broker"]]:
         """Commit feedback, whether or not its client waits; returns it with its stamp, and how durable it is."""
@@ -80,6 +86,7 @@ async def chat(request: Request) -> Response:
     ask = parse(await read_body(request, gateway.settings.server.max_body_bytes))
     check(ask, gateway)
     person = gateway.doorman.person(caller, ask)
+    await asyncio.to_thread(gateway.limits.chat, caller.name)
     reply = Reply(gateway, ask, caller, person)
     try:
         await unless_gone(request, reply.open())
@@ -131,6 +138,8 @@ class Reply:
         self.receipt: Receipt | None = None
         self.created = int(time.time())
         self._held = 0
+        self._whose = (caller.name, person.subject)
+        self._entered: Sequence[tuple[str, str]] = ()
 
     def _turn(self, index: int, seat: Seat, caller: Caller, person: Person) -> Turn:
         ask, policy = self.ask, self.gateway.settings.policy
@@ -163,6 +172,7 @@ class Reply:
 
     async def open(self) -> None:
         """Ask the engine and commit the beginning, both at once. Raises what keeps the reply from having a first byte."""
+        self._entered = self.gateway.in_flight.enter(*self._whose)
         recorded = asyncio.create_task(self._begin())
         self.gateway.keep(recorded)
         self._held = len(self.turns)
@@ -234,6 +244,8 @@ class Reply:
             self._count_comparison()
         self.gateway.streams -= self._held
         self._held = 0
+        self.gateway.in_flight.leave(self._entered)
+        self._entered = ()
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         reply_id = f"chatcmpl-{self.comparison_id or self.turns[0].started.interaction_id}"

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from deploy.config import PolicySettings
-from feedback.config import FeedbackSettings, Section
+from feedback.config import FeedbackSettings, LimitSettings, Section
 
 
 class ServerSettings(Section):
@@ -57,3 +57,4 @@ class GatewaySettings(Section):
     comparison: ComparisonSettings = ComparisonSettings()
     policy: PolicySettings
     feedback: FeedbackSettings = FeedbackSettings()
+    limits: LimitSettings = LimitSettings()

@@ -23,6 +23,7 @@ from feedback.errors import (
     NotDurable,
     NotFound,
     PlauditError,
+    TooMany,
 )
 from serving import metrics
 
@@ -48,6 +49,7 @@ STATUS: tuple[tuple[type[PlauditError], int, str, str], ...] = (
     (EngineRefused, 400, "invalid_request_error", "refused_by_engine"),
     (NotAuthenticated, 401, "authentication_error", "not_authenticated"),
     (NotAllowed, 403, "permission_error", "not_allowed"),
+    (TooMany, 429, "rate_limit_error", "rate_limit_exceeded"),
     (NotFound, 404, "invalid_request_error", "not_found"),
     (Conflict, 409, "conflict_error", "conflict"),
     (Gone, 410, "invalid_request_error", "gone"),
@@ -74,9 +76,11 @@ def reply_of(error: PlauditError) -> JSONResponse:
     """The error as a reply; with Retry-After where coming back later helps."""
     status = status_of(error)
     metrics.REFUSED.labels(str(status)).inc()
-    headers = {}
-    if status == 503:
+    headers: dict[str, str] = {}
+    if status in (429, 503):
         headers["Retry-After"] = str(error.retry_after_s or RETRY_AFTER_S)
+    if isinstance(error, TooMany):
+        headers |= {"RateLimit-Limit": str(error.limit), "RateLimit-Remaining": "0", "RateLimit-Reset": headers["Retry-After"]}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body_of(error), status, headers)

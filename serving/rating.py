@@ -100,21 +100,34 @@ async def give(request: Request) -> JSONResponse:
     require(claims, said.kind)
     if said.slot:
         require(claims, said.slot)
-    # Off the event loop: sealing may write a new person's key, and what they said so far is read from disk.
-    standing = await asyncio.to_thread(gateway.standings.of, claims)
     text = FeedbackText(comment=said.comment, correction=said.correction)
-    event = await asyncio.to_thread(as_event, gateway, claims, said, body, key)
-    # With an Idempotency-Key the log itself knows what is a repetition, and what is a key used twice.
-    repeated = standing.repeated_by(event, text) if key is None else None
-    if repeated is None:
-        with metrics.COMMIT.labels("feedback").time():
-            stored, durable = await gateway.give(event)
-        standing = standing.after(stored, text)
-    else:
-        stored, durable = repeated, gateway.settings.feedback.ack
+    async with gateway.speaking.setdefault((claims.target, claims.subject), asyncio.Lock()):
+        # Off the event loop: sealing may write a new person's key, and what they said so far is read from disk.
+        standing, event, repeated = await asyncio.to_thread(hear, gateway, claims, said, body, key)
+        if repeated is None:
+            with metrics.COMMIT.labels("feedback").time():
+                stored, durable = await gateway.give(event)
+            standing = standing.after(stored, text)
+        else:
+            stored, durable = repeated, gateway.settings.feedback.ack
     metrics.FEEDBACK.labels(said.kind).inc()
     reply = {"feedback_id": stored.event_id, "version": stored.stamp, "state": standing.shown(), "durable": durable}
     return JSONResponse(reply, headers={"Cache-Control": "no-store"})
+
+
+def hear(
+    gateway: Gateway, claims: Claims, said: Said, body: bytes, key: str | None
+) -> tuple[Standing, FeedbackGiven | FeedbackCleared, FeedbackGiven | None]:
+    """What the person holds so far, the event of what they say now, and the earlier one where that is the same. Raises TooMany for
+    news over their limits; a repetition counts under none, so a client may always ask again whether it was heard."""
+    standing = gateway.standings.of(claims)
+    event = as_event(gateway, claims, said, body, key)
+    # With an Idempotency-Key the log itself knows what is a repetition, and what is a key used twice.
+    text = FeedbackText(comment=said.comment, correction=said.correction)
+    repeated = standing.repeated_by(event, text) if key is None else None
+    if repeated is None and event.event_id not in standing.event_ids:
+        gateway.limits.feedback(claims.subject, claims.target)
+    return standing, event, repeated
 
 
 async def read(request: Request) -> JSONResponse:

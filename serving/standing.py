@@ -26,6 +26,8 @@ class Standing:
     texts: Mapping[Slot, FeedbackText] = field(default_factory=dict)
     as_of: int = 0
     """Stamp up to which other machines' events are in it; this machine's are always in."""
+    event_ids: frozenset[str] = frozenset()
+    """Of everything that was said about the answer."""
     became: str = "nothing_said"
     """`nothing_said`, `waiting_for_answer`, `not_counted` (the answer broke off) or `counts` (from the next learning cycle on)."""
 
@@ -85,7 +87,7 @@ class Standings:
         state = current_state(self._archive, self._logs, claims.target, claims.subject)
         boxes = {slot: held.sealed for slot, held in state.slots.items()}
         texts = {slot: self._subjects.open(box, FeedbackText) if box else FeedbackText() for slot, box in boxes.items()}
-        return Standing(state.slots, texts, state.as_of, self._became(state.slots, claims))
+        return Standing(state.slots, texts, state.as_of, state.event_ids, self._became(state.slots, claims))
 
     def claims(self, interaction_id: str, actions: tuple[Action, ...]) -> Claims:
         """What a token of this interaction says. Raises NotFound."""

@@ -45,6 +45,11 @@ class Caller:
     claims: Claims | None = None
     """Of the feedback token that came instead of a key."""
 
+    @property
+    def name(self) -> str:
+        """Under which limits are counted. Without a key it is one for all: anybody can make up another session."""
+        return self.key.id if self.key else "no key"
+
 
 @dataclass(frozen=True)
 class Person:

@@ -18,9 +18,10 @@ from deploy.config import PolicySettings
 from deploy.engine import Engine, Scripted
 from deploy.registry import Registry
 from deploy.routing import AdapterRef, RoutingTable
-from feedback.config import FeedbackSettings, Settings
+from feedback.config import FeedbackSettings, LimitSettings, Settings
 from feedback.errors import NotFound
 from feedback.events import Event, InteractionFinished, InteractionStarted
+from feedback.limits import UNLIMITED
 from feedback.sqlite_log import SqliteLogs
 from feedback.stores import Stores, open_stores
 from serving.app import create_app
@@ -128,6 +129,7 @@ def serve(
     auth: bool = True,
     system_prompt: str | None = None,
     max_tokens: int = 64,
+    limits: LimitSettings | None = None,
 ) -> Iterator[World]:
     """A running world."""
     feedback = FeedbackSettings(data_dir=data_dir, auth=auth)
@@ -146,6 +148,7 @@ def serve(
         comparison=ComparisonSettings(page_share=0),
         policy=PolicySettings(name=MODEL, system_prompt=system_prompt, max_tokens=max_tokens, max_model_len=512),
         feedback=feedback,
+        limits=limits or UNLIMITED,
     )
     app = create_app(stores, cast(Registry, routes), engine, settings)
     runner = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
