@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from commands import adapters, feedback, keys
+from commands import adapters, audit, feedback, keys
 from commands.settings import ConfigPath, Settings, opened, policy_folder, settings_from
 from commands.terminal import Steps, complain, console, say
 from deploy.registry import Registry
@@ -23,7 +23,7 @@ from feedback.stores import Stores
 from serving.config import GatewaySettings
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
-for name, group in (("adapters", adapters), ("feedback", feedback), ("keys", keys)):
+for name, group in (("adapters", adapters), ("audit", audit), ("feedback", feedback), ("keys", keys)):
     app.add_typer(group.app, name=name)
 
 
@@ -37,7 +37,7 @@ def up(config_path: ConfigPath = None) -> None:
             raise Conflict(
                 f"feedback.data_dir {settings.feedback.data_dir}: another `plaudit up` runs on it; stop that one or choose another folder"
             )
-        _first_key(stores, settings)
+        _first_key(stores)
         gateway = GatewaySettings(
             server=settings.server,
             record=settings.record,
@@ -59,9 +59,9 @@ def _ready(url: str) -> None:
     say(f"Plaudit answers at {url} (chat page, POST {url}/v1/chat/completions)")
 
 
-def _first_key(stores: Stores, settings: Settings) -> None:
-    if stores.api_keys.count() == 0 and settings.feedback.auth:
-        key, secret = stores.api_keys.create("admin", SCOPES, person=True)
+def _first_key(stores: Stores) -> None:
+    if stores.api_keys.count() == 0:
+        key, secret = stores.api_keys.create("admin", SCOPES, by="first start", person=True)
         say(f"First start: the admin's key {key.id} is shown this once:\n  {secret}")
 
 

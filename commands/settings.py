@@ -16,7 +16,7 @@ from deploy.manifest import base_config
 from deploy.registry import Registry
 from examples import NAMES, load
 from feedback import config
-from feedback.errors import InvalidInput
+from feedback.errors import InvalidInput, NotAuthenticated
 from feedback.keys import ApiKey, Scope
 from feedback.stores import Stores, open_stores
 from serving.config import ComparisonSettings, RecordSettings, ServerSettings
@@ -40,6 +40,8 @@ class Settings(config.Settings):
 
 ConfigPath = Annotated[Path | None, typer.Option("--config", "-c", help="Settings; default plaudit.toml where it exists.")]
 KeyOption = Annotated[str, typer.Option("--key", envvar="PLAUDIT_KEY", help="An API key with the scope that is needed.")]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 
 
 def settings_from(path: Path | None) -> Settings:
@@ -94,6 +96,10 @@ def policy_folder(settings: Settings) -> Path:
 
 def operator(stores: Stores, secret: str, scope: Scope) -> ApiKey:
     """Whose key this is. Raises NotAuthenticated, or NotAllowed where it lacks the scope."""
+    if stores.api_keys.count() == 0:
+        raise NotAuthenticated("there is no API key yet: start `plaudit up` once in this folder; its first start prints the admin's key")
+    if not secret:
+        raise NotAuthenticated(f"an API key with the scope '{scope}' is needed: give it with --key or in PLAUDIT_KEY")
     key = stores.api_keys.check(secret)
     key.require(scope)
     return key

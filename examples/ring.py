@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,9 @@ class Ring:
         (self.data_dir / "plaudit.toml").write_text("\n\n".join(lines) + "\n")
         stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=self.data_dir.resolve())), "operator")
         try:
-            _, self.keys["app"] = stores.api_keys.create("demo application", ("chat", "feedback"))
-            _, self.keys["operator"] = stores.api_keys.create("demo operator", ("adapters:promote", "audit"), person=True)
+            make = partial(stores.api_keys.create, by="plaudit demo")
+            _, self.keys["app"] = make("demo application", ("chat", "feedback"))
+            _, self.keys["operator"] = make("demo operator", ("adapters:promote", "audit"), person=True)
         finally:
             stores.close()
 

@@ -25,7 +25,7 @@ from feedback.keys import ApiKeys
 from feedback.relay import Relay
 from feedback.sqlite_log import SqliteLog, SqliteLogs, prune
 from feedback.subjects import Subjects
-from feedback.tokens import Tokens
+from feedback.tokens import Tokens, sync_folder
 
 MAX_PARTITIONS = 256
 
@@ -92,7 +92,7 @@ def open_stores(settings: Settings, process: str = "gateway") -> Stores:
     if settings.feedback.ack == "broker" and settings.kafka.bootstrap is None:
         raise ConfigError('feedback.ack = "broker" needs kafka.bootstrap, which is not set', field="kafka.bootstrap")
     try:
-        kek, pseudonym, token_keys = _keys(data_dir / "keys")
+        kek, pseudonym = _keys(data_dir / "keys")
         path, claim = _claim_partition(data_dir / "log", process)
     except OSError as exc:
         raise ConfigError(f"feedback.data_dir {data_dir} cannot be used: {exc.strerror}", field="feedback.data_dir") from exc
@@ -110,7 +110,7 @@ def open_stores(settings: Settings, process: str = "gateway") -> Stores:
         logs=logs,
         archive=Archive(data_dir / "archive.sqlite"),
         subjects=subjects,
-        tokens=Tokens(token_keys),
+        tokens=Tokens(token_keys(settings)),
         api_keys=ApiKeys(engine),
         relay=Relay([path], settings.kafka) if settings.kafka.bootstrap else None,
         kafka=KafkaLog(settings.kafka, clock) if settings.kafka.bootstrap else None,
@@ -133,15 +133,20 @@ def _claim_partition(folder: Path, process: str) -> tuple[Path, int]:
     raise ConfigError(f"{MAX_PARTITIONS} processes named '{process}' write to {folder} already", field="process")
 
 
-def _keys(folder: Path) -> tuple[bytes, bytes, list[bytes]]:
-    """Key-encryption key, pseudonym key, token keys; made at the first start."""
+def _keys(folder: Path) -> tuple[bytes, bytes]:
+    """Key-encryption key and pseudonym key; made, like the token keys, at the first start."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     kek = _key_file(folder / "kek", secrets.token_bytes(32))
     pseudonym = _key_file(folder / "pseudonym", secrets.token_bytes(32))
-    tokens = _key_file(folder / "token.keys", Fernet.generate_key() + b"\n")
+    _key_file(folder / "token.keys", Fernet.generate_key() + b"\n")
     if len(pseudonym) < 32:
         raise ConfigError(f"{folder / 'pseudonym'} has {len(pseudonym)} bytes, it must have at least 32", field="keys")
-    return kek, pseudonym, tokens.split()
+    return kek, pseudonym
+
+
+def token_keys(settings: Settings) -> Path:
+    """The file of the keys that feedback tokens are minted with."""
+    return settings.feedback.data_dir / "keys" / "token.keys"
 
 
 def _key_file(path: Path, new: bytes) -> bytes:
@@ -156,13 +161,5 @@ def _key_file(path: Path, new: bytes) -> bytes:
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)  # a rename would replace the other process's key
         temporary.unlink()
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     return path.read_bytes()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -144,10 +144,14 @@ async def read(request: Request) -> JSONResponse:
 
 
 def claims_of_key(gateway: Gateway, caller: Caller, interaction_id: str | None) -> Claims:
-    """With an API key: what a token of this interaction would allow. Raises InvalidInput or NotFound."""
+    """With an API key: what a token of this interaction would allow. Raises InvalidInput, or NotFound, also for an interaction that was
+    asked for with another owner's key, or with none."""
     if interaction_id is None:
         raise InvalidInput("interaction_id: is missing; with an API key it says what is rated.", field="interaction_id")
-    return gateway.standings.claims(interaction_id, OF_AN_ANSWER)
+    key = caller.key
+    if key is None:  # feedback.auth is off: everybody speaks for everybody
+        return gateway.standings.claims(interaction_id, OF_AN_ANSWER, lambda _: True)
+    return gateway.standings.claims(interaction_id, OF_AN_ANSWER, lambda other: gateway.stores.api_keys.speaks_for(key, other))
 
 
 def require(claims: Claims, action: Action) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,10 +89,11 @@ class Standings:
         texts = {slot: self._subjects.open(box, FeedbackText) if box else FeedbackText() for slot, box in boxes.items()}
         return Standing(state.slots, texts, state.as_of, state.event_ids, self._became(state.slots, claims))
 
-    def claims(self, interaction_id: str, actions: tuple[Action, ...]) -> Claims:
-        """What a token of this interaction says. Raises NotFound."""
+    def claims(self, interaction_id: str, actions: tuple[Action, ...], asked_by: Callable[[str | None], bool]) -> Claims:
+        """What a token of this interaction says. Raises NotFound, also where `asked_by` does not agree to the id of the key that it was
+        asked for with."""
         for event in self._about(interaction_id):
-            if isinstance(event, InteractionStarted) and event.tenant == self._tenant:
+            if isinstance(event, InteractionStarted) and event.tenant == self._tenant and asked_by(event.key_id):
                 return Claims(
                     tenant=event.tenant,
                     target=interaction_id,

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
+from feedback import audit
 from feedback.clock import wall_ms
-from feedback.errors import ConfigError, Gone, InvalidInput, NotAllowed, NotAuthenticated, NotDurable, NotFound
+from feedback.errors import ConfigError, Conflict, Gone, InvalidInput, NotAllowed, NotAuthenticated, NotDurable, NotFound
 from feedback.events import FeedbackText, Sealed
 from feedback.ids import Ids
 from feedback.keys import ApiKeys
 from feedback.subjects import Subjects
-from feedback.tokens import Claims, Tokens
+from feedback.tokens import Claims, Tokens, rotate
 
 KEY = Fernet.generate_key()
 CLAIMS = Claims(target="i", target_kind="interaction", interactions=("i",), subject="s", actions=("rating", "comment"), expires=100)
@@ -33,6 +34,67 @@ def test_a_token_says_what_was_minted_and_survives_rotation() -> None:
     assert Tokens([newer, KEY], now=lambda: 50.0).check(TOKEN) == CLAIMS
     with pytest.raises(NotAuthenticated):
         Tokens([newer], now=lambda: 50.0).check(TOKEN)
+
+
+class Deaf(Tokens):
+    """The control: never looks at the file again before it refuses."""
+
+    def _changed(self) -> bool:
+        return False
+
+
+def test_a_token_of_a_new_key_is_accepted_by_gateways_that_have_not_looked_yet(tmp_path: Path) -> None:
+    stores = stores_in(tmp_path)
+    path = tmp_path / "keys" / "token.keys"
+    claims = CLAIMS.model_copy(update={"expires": 2**40})
+    one, other, deaf = Tokens(path), Tokens(path), Deaf(path)
+    first = one.mint(claims)
+    assert other.check(first) == deaf.check(first) == claims
+    rotate(path, stores.engine, "ada")
+    assert len(path.read_bytes().split()) == 2 and path.stat().st_mode & 0o77 == 0
+    one._look_at = 0.0  # its second has passed
+    second = one.mint(claims)
+    assert other.check(second) == claims and one.check(first) == claims
+    with pytest.raises(NotAuthenticated):
+        deaf.check(second)
+    rotate(path, stores.engine, "ada")
+    third = Tokens(path).mint(claims)
+    for tokens in (one, other):
+        tokens._look_at = 0.0
+        assert tokens.check(third) == tokens.check(second) == claims
+        with pytest.raises(NotAuthenticated):
+            tokens.check(first)
+    rows = [(row["actor"], row["action"]) for row in audit.read(stores.engine)]
+    assert rows == [("ada", "token_keys.rotated")] * 2 and audit.verify(stores.engine)[1] is None
+    stores.close()
+
+
+def test_a_key_file_that_breaks_while_a_gateway_runs_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "token.keys"
+    path.write_bytes(KEY)
+    tokens = Tokens(path, now=lambda: 50.0)
+    for broken in (b"", b"no key"):
+        path.write_bytes(broken)
+        tokens._look_at = 0.0
+        assert tokens.check(tokens.mint(CLAIMS)) == CLAIMS
+    path.unlink()
+    tokens._look_at = 0.0
+    assert tokens.check(TOKEN) == CLAIMS
+    newer = Fernet.generate_key()
+    path.write_bytes(newer + b"\n" + KEY)
+    assert tokens.check(Tokens([newer]).mint(CLAIMS)) == CLAIMS
+
+
+def test_a_rotation_that_cannot_be_recorded_changes_nothing(tmp_path: Path) -> None:
+    stores = stores_in(tmp_path)
+    path = tmp_path / "keys" / "token.keys"
+    before = path.read_bytes()
+    with stores.engine.begin() as db:
+        db.execute(text("DROP TABLE audit"))
+    with pytest.raises(NotDurable):
+        rotate(path, stores.engine, "ada")
+    assert path.read_bytes() == before
+    stores.close()
 
 
 def test_an_expired_token_is_gone() -> None:
@@ -150,6 +212,13 @@ def test_an_api_key_is_checked_scoped_disabled_and_never_stored_in_clear(tmp_pat
         keys.disable("nobody")
     with pytest.raises(InvalidInput, match="root"):
         keys.create("x", ("root",))  # type: ignore[arg-type]
+    with pytest.raises(Conflict, match="already"):
+        keys.disable(key.id)
+    for origin in ("app.example", "https://app.example/", "https://APP.example", "*", "null"):
+        with pytest.raises(InvalidInput, match="origins"):
+            keys.create("x", ("chat",), origins=(origin,))
+    rows = [(row["actor"], row["action"], row["subject"]) for row in audit.read(stores.engine)]
+    assert rows[:2] == [("this machine", "key.created", key.id), ("this machine", "key.disabled", key.id)] and len(rows) == 3
     for owner in (" ", "x" * 201):
         with pytest.raises(InvalidInput, match="1 to 200"):
             keys.create(owner, ("chat",))

@@ -12,6 +12,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from feedback.config import FeedbackSettings, Settings
+from feedback.stores import open_stores
+
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = """
 [policy]
@@ -121,5 +124,9 @@ def test_another_model_on_the_same_folder_is_refused(up: Up, tmp_path: Path, tin
 def test_what_looks_like_markup_is_printed_as_it_is(tmp_path: Path) -> None:
     code, printed, errors = run(tmp_path, "adapters", "show", "[/b]")
     assert (code, printed) == (1, "") and errors.startswith("plaudit: adapter: there is none with id '[/b]'")
-    code, printed, _ = run(tmp_path, "keys", "create", "--owner", f"[red]{'a long name ' * 10}[/red]", "--scopes", "chat")
+    stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=tmp_path / "data")), "operator")
+    _, admin = stores.api_keys.create("admin", ("keys",))
+    stores.close()
+    name = f"[red]{'a long name ' * 10}[/red]"
+    code, printed, _ = run(tmp_path, "keys", "create", "--owner", name, "--scopes", "chat", "--key", admin)
     assert code == 0 and "[red]a long" in printed and len(printed.splitlines()) == 1

@@ -206,6 +206,16 @@ def test_an_api_key_rates_by_interaction(world: World) -> None:
     assert given(world)[0].rater == world.started()[0].subject
 
 
+def test_an_api_key_rates_what_its_owner_asked_for(world: World) -> None:
+    interaction = world.chat("hi", user="ann").json()["plaudit"]["interaction_id"]
+    up = {"kind": "rating", "value": "up", "interaction_id": interaction}
+    codes = {}
+    for owner in ("tests", "another app"):
+        _, secret = world.stores.api_keys.create(owner, ("feedback",))
+        codes[owner] = world.http.post("/v1/feedback", json=up, headers={"Authorization": f"Bearer {secret}"}).status_code
+    assert codes == {"tests": 200, "another app": 404}
+
+
 def test_scopes(world: World) -> None:
     _, chat_only = world.stores.api_keys.create("app", ("chat",))
     _, other = world.stores.api_keys.create("ops", ("audit",))
