@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from commands import adapters, audit, feedback, keys
+from commands import adapters, audit, feedback, keys, people  # noqa: F401  (people adds its verbs to feedback)
 from commands.settings import ConfigPath, Settings, opened, policy_folder, settings_from
 from commands.terminal import Steps, complain, console, say
 from deploy.registry import Registry
@@ -45,6 +45,7 @@ def up(config_path: ConfigPath = None) -> None:
             policy=settings.policy,
             feedback=settings.feedback,
             limits=settings.limits,
+            erasure=settings.erasure,
         )
         service = Service(stores, registry, gateway, settings.engine, settings.rollout, settings.gates)
         service.prepare(policy_folder(settings))
@@ -77,11 +78,13 @@ def train(
 @app.command()
 def trainer(config_path: ConfigPath = None, poll_s: Annotated[float, typer.Option(help="How often to look.")] = 5.0) -> None:
     """Runs a cycle whenever enough new ratings are there; until Ctrl-C."""
+    from deploy import lineage
     from trainer.schedule import should_train
 
     with opened(config_path, "trainer") as (settings, stores, registry):
         while True:
             stores.ingest()
+            lineage.finish(stores, registry, settings.erasure)
             if should_train(stores.archive, settings.cycle, settings.feedback.data_dir):
                 say(_train(settings, stores, registry, False))
             time.sleep(poll_s)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.config import EngineSettings, GateSettings, PolicySettings, RolloutSettings
+from deploy.config import EngineSettings, ErasureSettings, GateSettings, PolicySettings, RolloutSettings
 from deploy.manifest import base_config
 from deploy.registry import Registry
 from examples import NAMES, load
@@ -33,6 +33,7 @@ class Settings(config.Settings):
     comparison: ComparisonSettings = ComparisonSettings()
     rollout: RolloutSettings = RolloutSettings()
     gates: GateSettings = GateSettings()
+    erasure: ErasureSettings = ErasureSettings()
     reward_model: RewardModelSettings = RewardModelSettings()
     ppo: PPOSettings = PPOSettings()
     cycle: CycleSettings = CycleSettings()

@@ -84,6 +84,15 @@ class RolloutSettings(Section):
     """How long a name that nobody needs any more stays loaded; answers being written go on."""
 
 
+class ErasureSettings(Section):
+    """What becomes of adapters that learned from a person who was erased."""
+
+    policy: Literal["report", "block", "retire"] = "block"
+    """`report` lists them, `block` also never promotes them again and ends their rollout, `retire` also takes them off every alias."""
+    load_timeout_s: float = Field(default=15.0, ge=0)
+    """With `retire`: how long replicas may take to load what answers instead, before people are sent there."""
+
+
 class GateSettings(Section):
     """What an evaluation has to show before anybody is answered by a candidate."""
 

@@ -8,12 +8,14 @@ and the same words stand in the API, on the command line and in the audit record
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from deploy.config import GateSettings
+from deploy.records import Attestation
 
 Outcome = Literal["pass", "fail", "inconclusive", "error"]
 Comparison = Literal[">", ">=", "<", "<=", "=="]
@@ -116,6 +118,13 @@ class Verdict(BaseModel):
     def error(cls, name: str, reason: str) -> Verdict:
         """Something is missing, so nothing was compared."""
         return cls(name=name, verdict="error", reason=reason)
+
+
+def withheld(found: Sequence[Attestation]) -> Verdict:
+    """Whether somebody was erased whom the adapter learned from; by its attestations `erasure`."""
+    if found:
+        return Verdict.failed("erasure", f"{found[-1].body['reason']}; train again without them")
+    return Verdict.passed("erasure", "nobody was erased whom it learned from")
 
 
 class Gate(Protocol):

@@ -249,6 +249,38 @@ class Registry:
             values = {"state": "promoted", "weight": 0.0, "approved_by": by, "reason": f"approved by {by}"}
             db.execute(update(rollouts).where(rollouts.c.id == rollout_id).values(**values))
 
+    def withhold(self, adapter_id: str, body: Mapping[str, JsonValue], by: str, *, retire: bool, fallback: str | None) -> None:
+        """Never promote it again: an attestation `erasure`, which gates and approvals go by, and the end of its rollout. With `retire`
+        it also leaves every alias, `fallback` answers in its place, and it is retired. One transaction. Raises Conflict without one."""
+        reason = str(body["reason"])
+        with self._change(by, "adapter.retired" if retire else "adapter.blocked", adapter_id, reason) as db:
+            values = {"id": new_id(), "adapter": adapter_id, "kind": "erasure", "body": dict(body), "actor": by, "at_ms": wall_ms()}
+            db.execute(insert(attestations).values(**values))
+            detail: dict[str, JsonValue] = {"kind": "erasure", "id": str(values["id"])}
+            self._emit(db, AdapterEvent(**self._head(), type="adapter.attested", adapter=adapter_id, actor=by, detail=detail))
+            stable = _alias(db, "stable")
+            moved: dict[Alias, str | None] = {"previous": None} if retire and _alias(db, "previous") == adapter_id else {}
+            if retire and stable == adapter_id:
+                if fallback is None:
+                    raise Conflict(f"adapter {adapter_id[:16]} is stable and there is nothing to answer in its place", field="stable")
+                moved |= {"stable": fallback, "previous": None}
+                self._set_state(db, fallback, "stable", f"answers in place of {adapter_id[:16]}: {reason}")
+            for row in db.execute(select(rollouts).where(rollouts.c.state.in_(ACTIVE))).all():
+                if row.adapter == adapter_id or (retire and row.stable == adapter_id):
+                    moved |= {"canary": None} if _alias(db, "canary") is not None else {}
+                    self._end(db, row.id, row.adapter, "stopped", reason, by)
+            self._move(db, moved, {"stable": stable} if "stable" in moved else {}, by, reason)
+            if retire:
+                self._set_state(db, adapter_id, "retired", reason)
+                self._emit(
+                    db, AdapterEvent(**self._head(), type="adapter.retired", adapter=adapter_id, actor=by, detail={"reason": reason})
+                )
+
+    def stand_by(self, adapter_id: str, by: str, reason: str) -> None:
+        """Make it `previous`, so that replicas load it before people are sent there."""
+        with self._change(by, "alias.moved", adapter_id, reason) as db:
+            self._move(db, {"previous": adapter_id}, {}, by, reason)
+
     # --- leases, audit, outbox --------------------------------------------------------------------------------------
 
     def lease(self, name: str, holder: str, ttl_s: float) -> int | None:

@@ -24,7 +24,7 @@ from pydantic import JsonValue, ValidationError
 from deploy.config import GateSettings, RolloutSettings
 from deploy.engine import Engine
 from deploy.evalues import win_test
-from deploy.gates import Evaluation, Verdict, judge
+from deploy.gates import Evaluation, Verdict, judge, withheld
 from deploy.guards import failure_rise
 from deploy.manifest import vllm_name
 from deploy.records import AdapterRecord, RolloutRecord
@@ -70,6 +70,10 @@ class Rollout:
 
     async def _judge_gates(self, running: RolloutRecord, epoch: int) -> None:
         name = vllm_name(running.adapter)
+        erasure = withheld(self.registry.attestations(running.adapter, "erasure"))
+        if erasure.verdict != "pass":
+            self._stop(running, [erasure])
+            return
         needed = {name, vllm_name(running.stable, running.id)}
         if not needed <= self.registry.held_everywhere():
             if wall_ms() - running.started_ms > 1000 * self.gates.probe_timeout_s:
@@ -162,6 +166,9 @@ def approve(registry: Registry, settings: RolloutSettings, adapter: str, key: Ap
         raise PromotionRefused(
             f"approval: '{key.owner}' registered {record.id[:16]} and so may not approve it; another person's key is needed", field="key"
         )
+    erasure = withheld(registry.attestations(record.id, "erasure"))
+    if erasure.verdict != "pass":
+        raise PromotionRefused(f"approval: {record.id[:16]}: {erasure.reason}", field="adapter")
     waiting = [each for each in registry.rollouts(record.id) if each.state == "awaiting"]
     if not waiting:
         last = registry.rollouts(record.id)[-1:]

@@ -25,11 +25,12 @@ def votes(archive: Archive, rollout: str) -> dict[str, list[float]]:
     """For each rater the votes in the order given: 1 for the canary, 0 for stable, 1/2 for neither.
 
     Only comparisons of this rollout whose two sides are the canary and the baseline count; a person without a name or a
-    session counts in no per-person statistic, so not here.
+    session counts in no per-person statistic, so not here; nor does one who withdrew.
     """
     found: list[tuple[int, str, float]] = []
+    withdrawn = archive.withdrawn()
     for choice in archive.current():
-        if choice.slot != "choice":
+        if choice.slot != "choice" or choice.rater in withdrawn:
             continue
         sides = archive.comparison(choice.target)
         arms = {side: each.started.arm for side, each in sides.items() if each.started.rollout == rollout}

@@ -182,8 +182,21 @@ class Archive:
         return [decode(row[0]) for row in rows]
 
     def withdrawn(self) -> set[str]:
-        """Subjects whose words may not train any more."""
-        return {row[0] for row in self._rows("SELECT subject FROM farewells WHERE kind = 'withdrawn'")}
+        """Subjects whose words may not train any more: they withdrew and were not erased after that."""
+        withdrawn = "SELECT subject FROM farewells w WHERE kind = 'withdrawn' AND NOT EXISTS "
+        return {
+            row[0]
+            for row in self._rows(withdrawn + "(SELECT 1 FROM farewells WHERE subject = w.subject AND kind = 'erased' AND stamp > w.stamp)")
+        }
+
+    def erasures(self) -> dict[str, int]:
+        """The stamp of every subject's last erasure."""
+        return dict(self._rows("SELECT subject, stamp FROM farewells WHERE kind = 'erased'"))
+
+    def heard(self, subject: str, after: int = 0) -> bool:
+        """Whether there is anything of this subject with a later stamp."""
+        heard = "SELECT 1 FROM events WHERE subject = ? AND stamp > ? AND type != 'subject.erased' LIMIT 1"
+        return bool(self._rows(heard, subject, after))
 
     def erased(self, subject: str) -> int:
         """The stamp of the subject's last erasure, 0 for none."""

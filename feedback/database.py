@@ -6,6 +6,7 @@ SQLite for one machine, any SQLAlchemy URL (PostgreSQL) for several. Each room c
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,23 @@ def transaction(engine: Engine) -> Iterator[Connection]:
             yield db
     except SQLAlchemyError as exc:
         raise NotDurable(f"the registry's database does not answer: {exc.__cause__ or exc}", retry_after_s=2) from exc
+
+
+def truncate_wal(db: sqlite3.Connection, what: str, timeout_s: float = 20.0) -> None:
+    """Empty the write-ahead log of this SQLite file, where what was deleted would survive until other rows overwrite it.
+
+    Raises NotDurable where other processes keep it busy for so long.
+    """
+    end = time.monotonic() + timeout_s
+    try:
+        while db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            if time.monotonic() > end:
+                raise NotDurable(
+                    f"the write-ahead log of {what} could not be emptied within {timeout_s:g} s; say it again", retry_after_s=2
+                )
+            time.sleep(0.01)
+    except sqlite3.Error as exc:
+        raise NotDurable(f"the write-ahead log of {what} could not be emptied: {exc}", retry_after_s=2) from exc
 
 
 def ensure_row(engine: Engine, table: Table, key: str, values: Mapping[str, Any]) -> None:

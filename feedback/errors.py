@@ -15,6 +15,7 @@
     │   └── EngineRefused         it answered that it will not
     ├── PromotionRefused      a gate, a verdict or an approval is missing: value, comparison, threshold, next step
     ├── TrainingRefused       this data or these settings cannot train
+    │   └── SnapshotRedacted      somebody in the snapshot was erased; take a new one
     └── ConfigError           a setting is missing, unknown or out of range
 
 Foreign exceptions are translated where they enter, with `raise ... from exc`.
@@ -92,6 +93,10 @@ class PromotionRefused(PlauditError):
 
 class TrainingRefused(PlauditError):
     """This data or these settings cannot train."""
+
+
+class SnapshotRedacted(TrainingRefused):
+    """Somebody whose opinions the snapshot held was erased."""
 
 
 class ConfigError(PlauditError):

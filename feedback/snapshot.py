@@ -9,13 +9,16 @@ about a dropped row, because the leaf key went with the subject's key. `pyarrow`
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import hmac
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -91,15 +94,62 @@ def build(archive: Archive, subjects: Subjects, out_dir: Path, filters: Filters 
     Raises TrainingRefused where nothing is left.
     """
     filters = filters or Filters()
-    rows = sorted(_rows(archive, subjects, filters), key=lambda row: row.event_id)
-    if not rows:
-        raise TrainingRefused(f"no opinion about a finished answer matches {filters.model_dump_json()}; collect ratings first")
-    leaves = {row.event_id: _leaf(row, subjects) for row in rows}
-    digest = _digest(filters, leaves)
-    target = out_dir / digest
-    if not (target / HEAD_FILE).exists():
-        _publish(target, rows, {"digest": digest, "redacted": False, "filters": filters.model_dump(mode="json"), "leaves": leaves})
+    found = sorted(_rows(archive, subjects, filters), key=lambda row: row.event_id)
+    with locked(out_dir):
+        # Whoever was erased while we read is in the archive before that erasure gets the lock: either we see it or it sees the snapshot.
+        rows, leaves = _kept(found, archive.erasures(), subjects)
+        if not rows:
+            raise TrainingRefused(f"no opinion about a finished answer matches {filters.model_dump_json()}; collect ratings first")
+        digest = _digest(filters, leaves)
+        target = out_dir / digest
+        if not (target / HEAD_FILE).exists():
+            _publish(target, rows, {"digest": digest, "redacted": False, "filters": filters.model_dump(mode="json"), "leaves": leaves})
     return load(target)
+
+
+def _kept(rows: list[Row], erased: Mapping[str, int], subjects: Subjects) -> tuple[list[Row], dict[str, str]]:
+    """Rows of people who are still there, and their leaves."""
+    leaves = {}
+    for row in rows:
+        if not _gone(row, erased):
+            with contextlib.suppress(Gone):
+                leaves[row.event_id] = _leaf(row, subjects)
+    return [row for row in rows if row.event_id in leaves], leaves
+
+
+def _gone(row: Row, erased: Mapping[str, int]) -> set[str]:
+    """Who of those behind the row was erased after it."""
+    return {who for who in (row.subject, row.rater) if erased.get(who, 0) >= row.stamp}
+
+
+@contextlib.contextmanager
+def locked(out_dir: Path) -> Iterator[None]:
+    """Nobody else writes or redacts a snapshot in this folder meanwhile; the kernel frees the lock of a process that dies."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def all_in(out_dir: Path) -> list[Path]:
+    """Every snapshot there, after what killed processes left is put right: a redaction that broke off is undone, the rest goes.
+
+    Hold `locked`."""
+    for left in out_dir.glob(".*"):
+        digest = left.name.split(".")[1]
+        if left.suffix == ".old" and not (out_dir / digest).exists():
+            left.rename(out_dir / digest)
+        else:
+            shutil.rmtree(left)
+    return sorted(path for path in out_dir.iterdir() if (path / HEAD_FILE).exists())
+
+
+def rows_of(path: Path, erased: Mapping[str, int]) -> Counter[str]:
+    """How many rows each of these subjects has in the snapshot from before the stamp of their erasure."""
+    return Counter(who for row in load(path).rows for who in _gone(row, erased))
 
 
 def load(path: Path) -> Snapshot:
@@ -120,10 +170,20 @@ def load(path: Path) -> Snapshot:
     return Snapshot(path, head["digest"], rows, filters, head["redacted"])
 
 
-def redact(path: Path, erased: Collection[str]) -> int:
-    """Drop the rows of erased subjects (who asked or who rated), keep their leaves, mark the snapshot. How many were dropped."""
+def redacted(path: Path) -> bool:
+    """Whether somebody was taken out of the snapshot, or it is gone."""
+    try:
+        return bool(json.loads((path / HEAD_FILE).read_text())["redacted"])
+    except FileNotFoundError:
+        return True
+
+
+def redact(path: Path, erased: Mapping[str, int]) -> int:
+    """Drop the rows of erased subjects (who asked or who rated) up to the stamp of their erasure, keep the leaves, mark the snapshot.
+
+    How many were dropped. Hold `locked`."""
     snapshot = load(path)
-    kept = [row for row in snapshot.rows if row.subject not in erased and row.rater not in erased]
+    kept = [row for row in snapshot.rows if not _gone(row, erased)]
     dropped = len(snapshot.rows) - len(kept)
     if dropped:
         head = json.loads((path / HEAD_FILE).read_text()) | {"redacted": True}

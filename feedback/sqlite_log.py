@@ -49,6 +49,7 @@ def open_file(path: Path) -> sqlite3.Connection:
     try:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
+        db.execute("PRAGMA secure_delete=ON")  # a row that is moved or marked leaves no copy of itself in its page
         db.executescript(SCHEMA)
     except sqlite3.Error:
         db.close()
@@ -273,7 +274,6 @@ def prune(path: Path, archived: int, before_ms: int, only_sent: bool) -> int:
             if event is not None and stamp_ms(event.stamp) >= before_ms:
                 break
             cut = offset
-        db.execute("PRAGMA secure_delete=ON")
         return db.execute("DELETE FROM events WHERE offset <= ? AND (sent = 1 OR ?)", (cut, not only_sent)).rowcount
     finally:
         db.close()

@@ -1,7 +1,8 @@
 """People: their pseudonyms, and the keys under which their words are stored, so that destroying a key erases the words everywhere.
 
 Each subject has a random 256-bit key, wrapped by the deployment's key-encryption key (AES-GCM) in the table `subject_keys`. Erasing
-destroys the key; somebody who returns gets a new generation of it, and what was sealed before stays closed.
+destroys the key; somebody who returns gets a new generation of it, and what was sealed before stays closed. What else an erasure does
+is in `erasure.py`.
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ import binascii
 import hashlib
 import hmac
 import os
+import sqlite3
 import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pydantic import BaseModel
-from sqlalchemy import BigInteger, Column, Engine, Integer, LargeBinary, MetaData, String, Table, insert, select, text, update
+from sqlalchemy import BigInteger, Column, Engine, Integer, LargeBinary, MetaData, String, Table, func, insert, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
+from feedback import audit
 from feedback.clock import wall_ms
-from feedback.database import create_tables, transaction
+from feedback.database import create_tables, transaction, truncate_wal
 from feedback.errors import ConfigError, Gone, InvalidInput, NotDurable
 from feedback.events import Sealed
 from feedback.ids import Ids
@@ -39,6 +42,13 @@ subject_keys = Table(
     Column("created_ms", BigInteger, nullable=False),
     Column("erased_ms", BigInteger, nullable=True),
 )
+erasures = Table(
+    "erasures",
+    metadata,
+    Column("subject", String(64), primary_key=True),
+    Column("stamp", BigInteger, nullable=False),
+)
+"""Up to which stamp each subject's keys are destroyed; changed in the transaction that destroys them."""
 
 NONCE_BYTES = 12
 GENERATION_BYTES = 4
@@ -73,15 +83,15 @@ class Subjects:
         """What is stored instead of a person's id."""
         return self.ids.pseudonym(tenant, external_id)
 
-    def seal(self, subjects: tuple[str, ...], text: BaseModel) -> Sealed:
-        """Encrypt under every subject's key, the first one outermost. Makes a key for a new or returning subject.
+    def seal(self, subjects: tuple[str, ...], text: BaseModel, *, create: bool = True) -> Sealed:
+        """Encrypt under every subject's key, the first one outermost. Makes a key for a new or returning subject, unless `create` is off.
 
         The box is, for each layer, generation (4 bytes), nonce (12 bytes), AES-GCM ciphertext.
-        Raises NotDurable where a key cannot be stored.
+        Raises NotDurable where a key cannot be stored, and Gone where there is none and none may be made: the subject was erased.
         """
         box = text.model_dump_json().encode()
         for subject in reversed(subjects):
-            key = self._current_key(subject)
+            key = self._current_key(subject, create)
             nonce = os.urandom(NONCE_BYTES)
             generation = key.generation.to_bytes(GENERATION_BYTES, "big")
             box = generation + nonce + AESGCM(key.secret).encrypt(nonce, box, _bound(subject, key.generation))
@@ -100,36 +110,70 @@ class Subjects:
         return cls.model_validate_json(box)
 
     def leaf_key(self, subject: str) -> bytes:
-        """The key of this subject's leaves in snapshot digests; it goes with the subject's key."""
-        return hmac.new(self._current_key(subject).secret, b"plaudit snapshot leaf", hashlib.sha256).digest()
+        """The key of this subject's leaves in snapshot digests; it goes with the subject's key. Raises Gone after that."""
+        return hmac.new(self._current_key(subject, create=False).secret, b"plaudit snapshot leaf", hashlib.sha256).digest()
 
-    def erase(self, subject: str) -> int:
-        """Destroy the subject's keys; how many there were. What is sealed under them can never be read again."""
+    def erase(self, subject: str, stamp: int = 0, *, by: str | None = None, reason: str = "") -> int:
+        """Destroy the subject's keys, because of the erasure with this stamp; how many there were. What is sealed under them can never
+        be read again. Audited as the action of `by`, in the same transaction. An erasure whose keys are destroyed already is left alone,
+        so that it cannot take the keys of somebody who has returned since."""
+        audit.open_audit(self._engine)
         with transaction(self._engine) as db:
+            done = db.execute(select(erasures.c.stamp).where(erasures.c.subject == subject)).scalar()
+            if stamp and done is not None and done >= stamp:
+                return 0
             destroyed = db.execute(
                 update(subject_keys)
                 .where(subject_keys.c.subject == subject, subject_keys.c.wrapped.is_not(None))
                 .values(wrapped=None, erased_ms=wall_ms())
             ).rowcount
-        if self._engine.dialect.name == "sqlite":
-            # The key would otherwise survive in the write-ahead log until the next checkpoint.
-            with self._engine.connect() as db:
-                db.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))
+            if stamp and done is None:
+                db.execute(insert(erasures).values(subject=subject, stamp=stamp))
+            elif stamp:
+                db.execute(update(erasures).where(erasures.c.subject == subject).values(stamp=stamp))
+            if by is not None:
+                audit.record(db, by, "subject.erased", subject, reason)
+        self.scrub()
         self.forget(subject)
         return destroyed
+
+    def scrub(self) -> None:
+        """The bytes of a destroyed key would otherwise survive in the write-ahead log until the next checkpoint. Raises NotDurable."""
+        if self._engine.dialect.name == "sqlite":
+            held = self._engine.raw_connection()
+            try:
+                truncate_wal(cast(sqlite3.Connection, held.driver_connection), "the registry's database")
+            finally:
+                held.close()
+
+    def alive(self, subject: str) -> bool:
+        """Whether there is a key of this subject that is not destroyed."""
+        with transaction(self._engine) as db:
+            keys = select(func.count()).where(subject_keys.c.subject == subject, subject_keys.c.wrapped.is_not(None))
+            return bool(db.execute(keys).scalar_one())
+
+    def known(self, subject: str) -> bool:
+        """Whether there ever was a key of this subject."""
+        with transaction(self._engine) as db:
+            return bool(db.execute(select(func.count()).where(subject_keys.c.subject == subject)).scalar_one())
+
+    def erased(self, subject: str) -> int:
+        """The stamp of the last erasure whose keys are destroyed, 0 for none."""
+        with transaction(self._engine) as db:
+            return int(db.execute(select(erasures.c.stamp).where(erasures.c.subject == subject)).scalar() or 0)
 
     def forget(self, subject: str) -> None:
         """Drop the subject's key from this process's cache, as when another process has erased it."""
         with self._lock:
             self._cache.pop(subject, None)
 
-    def _current_key(self, subject: str) -> _Key:
+    def _current_key(self, subject: str, create: bool) -> _Key:
         with self._lock:
             key = self._cache.get(subject)
         if key is not None and time.monotonic() - key.read_at < CACHE_S:
             return key
         try:
-            key = self._read_or_create(subject)
+            key = self._read_or_create(subject, create)
         except SQLAlchemyError as exc:
             raise NotDurable(f"a subject's key could not be stored: {exc.__cause__ or exc}", retry_after_s=2) from exc
         with self._lock:
@@ -139,7 +183,7 @@ class Subjects:
                 self._cache.popitem(last=False)
         return key
 
-    def _read_or_create(self, subject: str) -> _Key:
+    def _read_or_create(self, subject: str, create: bool) -> _Key:
         newest = (
             select(subject_keys.c.generation, subject_keys.c.wrapped)
             .where(subject_keys.c.subject == subject)
@@ -149,6 +193,8 @@ class Subjects:
         with self._engine.connect() as db:
             row = db.execute(newest).first()
         if row is None or row.wrapped is None:
+            if not create:
+                raise Gone("this person was erased, and what belongs to what they said before goes with it")
             generation = 1 if row is None else row.generation + 1
             secret = os.urandom(32)
             new = {
@@ -188,6 +234,11 @@ class Subjects:
             return self._kek.decrypt(wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], _bound(subject, generation))
         except InvalidTag as exc:
             raise ConfigError("keys/kek does not fit the database: subjects' keys were wrapped by another one", field="keys/kek") from exc
+
+
+def generation(sealed: Sealed) -> int:
+    """Which generation of its outermost subject's key a box is under."""
+    return int.from_bytes(base64.b64decode(sealed.box[:8])[:GENERATION_BYTES], "big")
 
 
 def _bound(subject: str, generation: int) -> bytes:

@@ -23,7 +23,7 @@ from deploy.registry import Registry
 from feedback.errors import NotDurable
 from feedback.limits import InFlight, Limits
 from feedback.stores import Stores
-from serving import errors
+from serving import consent, errors
 from serving.access import PUBLIC, add_route, document
 from serving.chat import Gateway, chat, check_model
 from serving.config import GatewaySettings
@@ -77,6 +77,9 @@ def create_app(stores: Stores, registry: Registry, engine: Engine, settings: Gat
     add_route(app, "GET", "/v1/models/{name:path}", model, Access(scope="chat", session=True))
     add_route(app, "POST", "/v1/feedback", give, Access(scope="feedback", token=True), body=Said)
     add_route(app, "GET", "/v1/feedback", read, Access(scope="feedback", token=True))
+    person = Access(scope="erase", session=True, token=True)
+    add_route(app, "POST", "/v1/people/erase", consent.erase, person, body=consent.Wish)
+    add_route(app, "POST", "/v1/people/withdraw", consent.withdraw, person, body=consent.Wish)
     add_route(app, "GET", "/livez", live, PUBLIC)
     add_route(app, "GET", "/readyz", ready, PUBLIC)
     add_route(app, "GET", "/metrics", measured, PUBLIC)

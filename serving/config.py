@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from deploy.config import PolicySettings
+from deploy.config import ErasureSettings, PolicySettings
 from feedback.config import FeedbackSettings, LimitSettings, Section
 
 
@@ -58,3 +58,4 @@ class GatewaySettings(Section):
     policy: PolicySettings
     feedback: FeedbackSettings = FeedbackSettings()
     limits: LimitSettings = LimitSettings()
+    erasure: ErasureSettings = ErasureSettings()

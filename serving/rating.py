@@ -189,5 +189,5 @@ def as_event(gateway: Gateway, claims: Claims, said: Said, body: bytes, key: str
         reasons=tuple(said.reasons),
         source=claims.source,
         idempotency=idempotency,
-        sealed=gateway.stores.subjects.seal((claims.subject,), written) if said.comment or said.correction else None,
+        sealed=gateway.stores.subjects.seal((claims.subject,), written, create=False) if said.comment or said.correction else None,
     )

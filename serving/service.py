@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 import uvicorn
 
+from deploy import lineage
 from deploy.config import EngineSettings, GateSettings, RolloutSettings
 from deploy.controller import Controller
 from deploy.engine import VLLM, Engine, Scripted
@@ -27,6 +28,8 @@ from serving.app import create_app
 from serving.config import GatewaySettings
 
 ARCHIVE_EVERY_S = 0.3
+ERASURES_EVERY_S = 10.0
+"""How often to look for erasures that broke off or came from another machine."""
 SYSTEM = "system"
 
 log = structlog.get_logger()
@@ -118,10 +121,13 @@ class Service:
 
     async def _archive(self) -> None:
         """Carry committed events into the archive, and forget what nobody rated in time."""
-        expired_at, said = 0.0, ""
+        erased_at, expired_at, said = 0.0, 0.0, ""
         while True:
             try:
                 await asyncio.to_thread(self.stores.ingest)
+                if asyncio.get_running_loop().time() - erased_at > ERASURES_EVERY_S:
+                    await asyncio.to_thread(lineage.finish, self.stores, self.registry, self.gateway.erasure)
+                    erased_at = asyncio.get_running_loop().time()
                 if asyncio.get_running_loop().time() - expired_at > 3600:
                     await asyncio.to_thread(self.stores.expire)
                     expired_at = asyncio.get_running_loop().time()

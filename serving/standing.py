@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,13 +11,23 @@ from typing import Any
 from feedback.archive import Archive
 from feedback.clock import stamp_ms
 from feedback.errors import Gone, NotFound
-from feedback.events import Event, FeedbackGiven, FeedbackText, InteractionFinished, InteractionStarted, Slot, SubjectErased
+from feedback.events import (
+    ConsentWithdrawn,
+    Event,
+    FeedbackGiven,
+    FeedbackText,
+    InteractionFinished,
+    InteractionStarted,
+    Slot,
+    SubjectErased,
+)
 from feedback.fold import Said, current_state
 from feedback.sqlite_log import SqliteLogs
 from feedback.subjects import Subjects
 from feedback.tokens import Action, Claims
 
 BROKEN_OFF = ("error", "client_closed")
+UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,8 @@ class Standing:
     event_ids: frozenset[str] = frozenset()
     """Of everything that was said about the answer."""
     became: str = "nothing_said"
-    """`nothing_said`, `waiting_for_answer`, `not_counted` (the answer broke off) or `counts` (from the next learning cycle on)."""
+    """`nothing_said`, `waiting_for_answer`, `not_counted` (the answer broke off, or its person withdrew) or `counts` (from the next
+    learning cycle on)."""
 
     def repeated_by(self, event: Said, text: FeedbackText) -> FeedbackGiven | None:
         """The event that already says what `event` says; None where it is news."""
@@ -78,16 +91,27 @@ class Standings:
 
     def of(self, claims: Claims) -> Standing:
         """The standing that a token is about. Raises Gone where the person was erased after the token was given out."""
-        issued_ms = (claims.expires - self._token_expiry_s) * 1000
-        for event in self._logs.about(claims.subject):
-            # In the second of both, the erasure is taken to be later: it may refuse a new answer's token, never keep an erased one.
-            if isinstance(event, SubjectErased) and stamp_ms(event.stamp) >= issued_ms:
-                self._subjects.forget(claims.subject)
-                raise Gone("This answer was erased with everything else about the person; it can no longer be rated.")
+        withdrawn = self._refuse_erased(claims)
         state = current_state(self._archive, self._logs, claims.target, claims.subject)
         boxes = {slot: held.sealed for slot, held in state.slots.items()}
         texts = {slot: self._subjects.open(box, FeedbackText) if box else FeedbackText() for slot, box in boxes.items()}
-        return Standing(state.slots, texts, state.as_of, state.event_ids, self._became(state.slots, claims))
+        became = "not_counted" if withdrawn else self._became(state.slots, claims)
+        return Standing(state.slots, texts, state.as_of, state.event_ids, became)
+
+    def _refuse_erased(self, claims: Claims) -> bool:
+        """Raises Gone where the person was erased after the answer began. Whether they have withdrawn their consent."""
+        events = self._logs.about(claims.subject)
+        erased = max([self._archive.erased(claims.subject), *(event.stamp for event in events if isinstance(event, SubjectErased))])
+        if erased and stamp_ms(erased) >= self._asked_ms(claims):
+            self._subjects.forget(claims.subject)
+            raise Gone("This answer was erased with everything else about the person; it can no longer be rated.")
+        here = any(isinstance(event, ConsentWithdrawn) and event.stamp > erased for event in events)
+        return here or claims.subject in self._archive.withdrawn()
+
+    def _asked_ms(self, claims: Claims) -> int:
+        """When the answer began: to the millisecond by its id, a UUIDv7, else to the second by the token."""
+        target = uuid.UUID(claims.target) if UUID7.fullmatch(claims.target) else None
+        return target.int >> 80 if target else (claims.expires - self._token_expiry_s) * 1000
 
     def claims(self, interaction_id: str, actions: tuple[Action, ...], asked_by: Callable[[str | None], bool]) -> Claims:
         """What a token of this interaction says. Raises NotFound, also where `asked_by` does not agree to the id of the key that it was

@@ -7,13 +7,15 @@ that the outcome depends on, so the same ratings and settings always lead to the
     job.json  labels.safetensors  base.safetensors  reward.json  reward_model.safetensors  [watch_model.safetensors]
     ppo.pt  metrics.jsonl  policy/  ppo.json  evaluation.json  details.json  adapter.json
 
-At the end the two files with what people wrote are deleted.
+At the end the files with what people wrote are deleted. Where somebody in the snapshot is erased meanwhile the cycle is refused and its
+folder goes; `start.py` begins another one without them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deploy.gates import Evaluation
+from deploy.lineage import forget
 from deploy.manifest import CONFIG, ManifestFields, base_digests, write_adapter
-from feedback.errors import TrainingRefused
-from feedback.snapshot import Snapshot
+from feedback.errors import SnapshotRedacted, TrainingRefused
+from feedback.snapshot import Snapshot, redacted
 from feedback.snapshot import load as load_snapshot
 from trainer import facts as facts_suite
 from trainer.evaluation import Sampling, evaluate, sample
@@ -88,12 +91,14 @@ def run_cycle(
 ) -> CycleResult:
     """Run or finish the cycle of this job. `finished` hears the name of each stage once it is durable.
 
-    Raises TrainingRefused where the data or the settings cannot train, InvalidInput where the policy is no model.
+    Raises TrainingRefused where the data or the settings cannot train, SnapshotRedacted where somebody in it was erased, InvalidInput
+    where the policy is no model.
     """
     if threads := settings.cycle.threads or int(_is_small(job.policy)):
         torch.set_num_threads(threads)
     snapshot = load_snapshot(job.snapshot)
     folder = data_dir / "cycles" / cycle_id(job, settings, snapshot.digest)
+    _refuse_redacted(snapshot, folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "job.json", {"job": job.as_json(), "settings": settings.as_json(), "snapshot": snapshot.digest})
     cycle = _Cycle(job, settings, snapshot, folder, progress or (lambda what, share: None))
@@ -108,23 +113,38 @@ def run_cycle(
     }
     for name, stage in stages.items() if not (folder / "adapter.json").exists() else ():
         started = time.perf_counter()
-        stage()
+        try:
+            stage()
+        finally:
+            # An erasure takes the folder's files away under a running stage; then this is the error to see. It deletes what lies there
+            # after it has redacted the snapshot, and we look at the snapshot after we have written, so nothing escapes both.
+            _refuse_redacted(snapshot, folder)
         seconds[name] = round(time.perf_counter() - started, 2)
         if finished:
             finished(name)
-    for private in ("labels.safetensors", "base.safetensors"):
-        # What people wrote does not outlive its use: erasing somebody reaches the snapshot, not these copies.
-        (folder / private).unlink(missing_ok=True)
+    forget(folder)  # what people wrote does not outlive its use
     made = read_json(folder / "adapter.json")
     result = CycleResult(folder, made["adapter_id"], Path(made["path"]), read_json(folder / "evaluation.json"), seconds)
     if registry is not None:
         registry.register(result.adapter_id, result.adapter, by)
         if not registry.attestations(result.adapter_id, "training"):
             registry.attest(result.adapter_id, "training", _training_body(folder, seconds), by)
+        # An erasure looks for adapters after it has redacted the snapshot: either it finds this one or we stop here.
+        _refuse_redacted(snapshot, folder)
         if not registry.attestations(result.adapter_id, "evaluation"):
             # Last, because this one starts the gates.
             registry.attest(result.adapter_id, "evaluation", result.evaluation, by)
     return result
+
+
+def _refuse_redacted(snapshot: Snapshot, folder: Path) -> None:
+    """Raises SnapshotRedacted where somebody was erased from the snapshot, and leaves nothing of them in the cycle's folder."""
+    if redacted(snapshot.path):
+        if (folder / "adapter.json").exists():
+            forget(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise SnapshotRedacted(f"somebody whose ratings are in snapshot {snapshot.digest[:16]} was erased; train from a new one")
 
 
 def _is_small(policy: Path) -> bool:
@@ -271,6 +291,7 @@ class _Cycle:
             settings = settings.model_copy(update={"iterations": 0})
 
         def on_step(step: Any) -> None:
+            _refuse_redacted(self.snapshot, self.folder)
             with live.open("a") as file:
                 file.write(json.dumps(asdict(step)) + "\n")
             self.progress("PPO", min(1.0, step.step / settings.iterations) if settings.iterations else 1.0)

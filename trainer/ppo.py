@@ -10,6 +10,7 @@ Shapes: B replies of an iteration, T tokens of the longest, D the backbone's wid
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -81,7 +82,8 @@ def train(
         eps=1e-5,
         weight_decay=0.0,
     )
-    run = Run(settings, repr((list(prompts), max_tokens, temperature, seed)))
+    # A digest, because a checkpoint must not hold what people wrote.
+    run = Run(settings, hashlib.sha256(repr((list(prompts), max_tokens, temperature, seed)).encode()).hexdigest())
     resumed = run.resume(options.checkpoint, policy, critic, optimiser)
     if not resumed and options.warmup is not None:
         _warm_up(critic, policy, options.warmup, temperature)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deploy.config import PolicySettings
 from deploy.registry import Registry
-from feedback.errors import InvalidInput, PlauditError
+from feedback.errors import InvalidInput, PlauditError, SnapshotRedacted
 from feedback.snapshot import build
 from feedback.stores import Stores
 from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
@@ -65,17 +65,33 @@ def learn(
 ) -> CycleResult:
     """Train on everything that is in the archive, or finish what a killed trainer began; register the candidate. Raises TrainingRefused."""
     data_dir = stores.settings.feedback.data_dir
-    unfinished = begun(data_dir)
-    if unfinished is None:
-        snapshot = build(stores.archive, stores.subjects, data_dir / "snapshots")
-        unfinished = begin(snapshot.path, ratings_now(stores.archive), data_dir)
+    settings = LearningSettings(reward_model=sections[0], ppo=sections[1], cycle=sections[2])
+    while True:
+        unfinished = begun(data_dir)
+        if unfinished is None:
+            snapshot = build(stores.archive, stores.subjects, data_dir / "snapshots")
+            unfinished = begin(snapshot.path, ratings_now(stores.archive), data_dir)
+        job = _job(registry, policy, asked, unfinished.snapshot, settings.cycle)
+        try:
+            result = run_cycle(job, settings, data_dir, registry=registry, by=BY, progress=progress)
+        except SnapshotRedacted:  # somebody was erased meanwhile: begin again without them
+            give_up(data_dir)
+            stores.ingest()
+            continue
+        except PlauditError:
+            give_up(data_dir)
+            raise
+        trained(unfinished.ratings, data_dir)
+        return result
+
+
+def _job(registry: Registry, policy: Path, asked: PolicySettings, snapshot: Path, cycle: CycleSettings) -> Job:
     stable_id = registry.alias("stable")
     stable = registry.adapter(stable_id) if stable_id else None
-    cycle = sections[2]
-    job = Job(
+    return Job(
         policy=policy,
         policy_name=asked.name,
-        snapshot=unfinished.snapshot,
+        snapshot=snapshot,
         system_prompt=asked.system_prompt,
         temperature=asked.temperature,
         max_tokens=asked.max_tokens,
@@ -85,11 +101,3 @@ def learn(
         facts=read_facts(cycle.facts) if cycle.facts else [],
         stable=stable.path if stable and stable.kind == "trained" else None,
     )
-    settings = LearningSettings(reward_model=sections[0], ppo=sections[1], cycle=cycle)
-    try:
-        result = run_cycle(job, settings, data_dir, registry=registry, by=BY, progress=progress)
-    except PlauditError:
-        give_up(data_dir)
-        raise
-    trained(unfinished.ratings, data_dir)
-    return result

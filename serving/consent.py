@@ -1,0 +1,113 @@
+"""What people decide about their own data: `POST /v1/people/erase` and `POST /v1/people/withdraw`.
+
+A feedback token and the chat page's session speak for their own person only; an API key with the scope `erase` names one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from pydantic import Field, ValidationError
+
+from deploy import lineage
+from deploy.lineage import Affected
+from deploy.registry import Registry
+from feedback import erasure
+from feedback.errors import Gone, InvalidInput, NotAllowed, NotAuthenticated
+from serving.chat import Gateway
+from serving.openai_api import Strict, refusal
+from serving.rating import token_of
+from serving.wire import read_body
+
+PERSON = "the person"
+
+
+class Wish(Strict):
+    """The body of both; may be left out by a person."""
+
+    subject: str | None = Field(default=None, min_length=1, max_length=200)
+    """With an API key: whose data, by the id that the application uses or by pseudonym."""
+    reason: str = Field(default="asked for", min_length=1, max_length=500)
+    """With an API key: goes into the audit."""
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Whose data it is about, and who says so."""
+
+    subject: str
+    by: str
+
+
+async def erase(request: Request) -> JSONResponse:
+    """`POST /v1/people/erase`."""
+    gateway, wish = await _read(request)
+
+    def work() -> JSONResponse:
+        stores, settings = gateway.stores, gateway.settings
+        registry = Registry(stores.engine, settings.feedback.tenant)
+        try:
+            asker = _asker(request, gateway, wish)
+        except Gone:
+            lineage.finish(stores, registry, settings.erasure)  # a killed process may have left it half done
+            raise
+        outcome = lineage.erase(stores, registry, settings.erasure, (asker.subject, asker.by), wish.reason)
+        return _told({"erased": True, "complete": outcome.complete}, outcome.affected, outcome.done)
+
+    return await asyncio.to_thread(work)
+
+
+async def withdraw(request: Request) -> JSONResponse:
+    """`POST /v1/people/withdraw`."""
+    gateway, wish = await _read(request)
+
+    def work() -> JSONResponse:
+        stores = gateway.stores
+        asker = _asker(request, gateway, wish)
+        erasure.withdraw(stores, asker.subject, asker.by, wish.reason)
+        used = lineage.affected(stores, Registry(stores.engine, gateway.settings.feedback.tenant), asker.subject)
+        return _told({"withdrawn": True}, used, dict.fromkeys(used.adapters, "left as it is"))
+
+    return await asyncio.to_thread(work)
+
+
+async def _read(request: Request) -> tuple[Gateway, Wish]:
+    gateway: Gateway = request.app.state.gateway
+    body = await read_body(request, gateway.settings.server.max_body_bytes)
+    try:
+        return gateway, Wish.model_validate_json(body or b"{}")
+    except ValidationError as exc:
+        raise refusal(exc) from exc
+
+
+def _asker(request: Request, gateway: Gateway, wish: Wish) -> Asker:
+    """Raises NotAuthenticated, NotAllowed, NotFound, InvalidInput, and Gone for the token of somebody who was erased after it."""
+    kind, _, secret = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer":
+        key = gateway.stores.api_keys.check(secret.strip())
+        key.require("erase")
+        if wish.subject is None:
+            raise InvalidInput("subject: is missing; with an API key it says whose data it is about.", field="subject")
+        return Asker(erasure.named(gateway.stores, wish.subject), key.owner)
+    if wish.subject is not None:
+        raise NotAllowed("subject: a token or a session speaks for its own person only; leave it out.", field="subject")
+    if kind.lower() == "feedback" and (claims := token_of(request, gateway)) is not None:
+        gateway.standings.of(claims)
+        return Asker(claims.subject, PERSON)
+    session = gateway.doorman.caller(request, "feedback").session
+    if session is None:
+        raise NotAuthenticated(
+            "A feedback token, the chat page's session or an API key with the scope erase is needed.", field="Authorization"
+        )
+    if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
+        raise NotAllowed("The chat page's session counts for requests of the page itself only.", field="Sec-Fetch-Site")
+    subject = gateway.stores.subjects.pseudonym(gateway.settings.feedback.tenant, f"session:{session}")
+    return Asker(erasure.named(gateway.stores, subject), PERSON)
+
+
+def _told(done: dict[str, bool], used: Affected, adapters: dict[str, str]) -> JSONResponse:
+    lists = {"snapshots": list(used.snapshots), "reward_models": list(used.reward_models), "adapters": adapters}
+    return JSONResponse(done | lists, headers={"Cache-Control": "no-store"})
