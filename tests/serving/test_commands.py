@@ -130,3 +130,19 @@ def test_what_looks_like_markup_is_printed_as_it_is(tmp_path: Path) -> None:
     name = f"[red]{'a long name ' * 10}[/red]"
     code, printed, _ = run(tmp_path, "keys", "create", "--owner", name, "--scopes", "chat", "--key", admin)
     assert code == 0 and "[red]a long" in printed and len(printed.splitlines()) == 1
+
+
+def test_a_person_is_erased_beside_a_running_gateway(up: Up, tmp_path: Path) -> None:
+    _, url, key = up(0)
+    bearer = {"Authorization": f"Bearer {key}"}
+    body = {"model": "plaudit", "messages": [{"role": "user", "content": "hi"}], "user": "ann"}
+    token = httpx2.post(f"{url}/v1/chat/completions", json=body, headers=bearer).headers["plaudit-feedback-token"]
+    rated = {"json": {"kind": "rating", "value": "up"}, "headers": {"Authorization": f"Feedback {token}"}}
+    assert httpx2.post(f"{url}/v1/feedback", **rated).status_code == 200  # type: ignore[arg-type]
+    code, printed, _ = run(tmp_path, "feedback", "withdraw", "ann", "--key", key)
+    assert code == 0 and "has withdrawn" in printed and "no snapshot, reward model or adapter used anything of theirs" in printed
+    code, printed, _ = run(tmp_path, "feedback", "erase", "ann", "--key", key, "--reason", "she asked")
+    assert code == 0 and " is erased\n" in printed
+    assert httpx2.post(f"{url}/v1/feedback", **rated).status_code == 410  # type: ignore[arg-type]
+    code, _, errors = run(tmp_path, "feedback", "erase", "nobody", "--key", key, "--reason", "she asked")
+    assert code == 1 and errors.startswith("plaudit: subject: nothing of 'nobody' was ever recorded here")

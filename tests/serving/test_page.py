@@ -159,3 +159,16 @@ def test_a_narrow_screen_does_not_scroll_sideways(browser: Browser, world: World
     eventually(lambda: shown.get_by_role("button", name="Tie").is_enabled())
     picture(shown, f"narrow-{scheme}")
     assert shown.evaluate("document.documentElement.scrollWidth") <= 320
+
+
+def test_a_visitor_deletes_their_data(browser: Browser, world: World) -> None:
+    shown = open_page(browser, world)
+    shown.fill("#prompt", "my secret")
+    shown.keyboard.press("Enter")
+    shown.get_by_role("button", name="Good", exact=True).click()
+    shown.locator(".said", has_text="Thank you, saved").wait_for()
+    shown.once("dialog", lambda dialog: dialog.accept())
+    shown.click("#forget")
+    shown.locator("#consent", has_text="Your data is deleted.").wait_for()
+    assert [event.type for event in world.events()] == ["subject.erased"]
+    assert shown.get_by_text("my secret").count() == 0 and shown.problems == []

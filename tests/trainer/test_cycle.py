@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from cycle_world import SETTINGS, make_job
+from cycle_world import HELD_OUT, SETTINGS, make_job
 
+from deploy import lineage
+from deploy.config import ErasureSettings, PolicySettings
 from deploy.gates import Evaluation
 from deploy.manifest import read_manifest, verify
+from deploy.registry import Registry
 from feedback.config import FeedbackSettings, Settings
-from feedback.errors import InvalidInput, TrainingRefused
+from feedback.errors import InvalidInput, SnapshotRedacted, TrainingRefused
+from feedback.snapshot import load
 from feedback.stores import open_stores
 from trainer import start
 from trainer.config import CycleSettings
@@ -96,6 +100,7 @@ def test_what_people_wrote_does_not_outlive_the_cycle(world: tuple[Job, Path], r
     # The held-out prompts are the operator's; those that people asked must be gone.
     left = b"".join(path.read_bytes() for path in result.folder.rglob("*") if path.is_file())
     assert b" where tea" in left and b" where shop" not in left
+    assert not (result.folder / "ppo.pt").exists()  # nor the checkpoint
 
 
 def test_bad_jobs_are_refused(world: tuple[Job, Path], tmp_path: Path) -> None:
@@ -177,3 +182,61 @@ def test_training_gives_way_and_takes_nothing_along(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(start, "AUTOGROUP", tmp_path / "not there")
     with start.giving_way(niceness):
         assert os.nice(0) == niceness
+
+
+def test_somebody_erased_meanwhile_leaves_nothing_in_the_cycle_and_learning_begins_anew(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=tmp_path)), "trainer")
+    registry, erased = Registry(stores.engine), False
+
+    def erase_while_it_trains(stage: str, share: float) -> None:
+        nonlocal erased
+        if stage == "PPO" and not erased:
+            erased = True
+            lineage.erase(stores, registry, ErasureSettings(), ("rater-0", "mara"), "they asked")
+
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("\n".join(HELD_OUT))
+    cycle = CycleSettings(evaluation_samples=2, held_out=held_out)
+    asked = PolicySettings(name="tiny", temperature=1.0, max_tokens=12, max_model_len=64)
+    sections = SETTINGS.reward_model, SETTINGS.ppo.model_copy(update={"iterations": 1}), cycle
+    result = start.learn(stores, registry, job.policy, asked, sections, erase_while_it_trains)
+    first, second = job.snapshot, tmp_path / "snapshots" / str(read_manifest(result.adapter).snapshot)
+    assert erased and second != first and load(first).redacted and not load(second).redacted
+    assert {row.rater for row in load(second).rows} == {f"rater-{i}" for i in range(1, 10)}
+    assert [path.name for path in (tmp_path / "cycles").iterdir() if path.is_dir()] == [result.folder.name]
+    # The erased person's name stands in the audit and in their erasure, and nowhere that learning left.
+    assert not [path for path in result.folder.rglob("*") if path.is_file() and b'"rater-0"' in path.read_bytes()]
+    assert registry.attestations(result.adapter_id, "erasure") == [] and lineage.affected(stores, registry, "rater-0").adapters == ()
+    assert lineage.affected(stores, registry, "rater-1").adapters == (result.adapter_id,)
+    with pytest.raises(SnapshotRedacted, match="was erased; train from a new one"):
+        run_cycle(job, SETTINGS, tmp_path)
+    stores.close()
+
+
+@pytest.mark.parametrize("stage", ["labels", "base", "adapter"])
+def test_erased_after_any_stage_nothing_goes_to_the_gates(tmp_path: Path, stage: str) -> None:
+    job = make_job(tmp_path)
+    stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=tmp_path)), "trainer")
+    registry = Registry(stores.engine)
+
+    def erase_after(done: str) -> None:
+        if done == stage:
+            lineage.erase(stores, registry, ErasureSettings(), ("rater-0", "mara"), "they asked")
+
+    with pytest.raises(SnapshotRedacted):
+        run_cycle(job, SETTINGS, tmp_path, registry=registry, finished=erase_after)
+    left = [path.name for path in (tmp_path / "cycles").rglob("*") if path.is_file()]
+    assert not set(left) & {"labels.safetensors", "base.safetensors", "ppo.pt"}
+    assert [record for record in registry.adapters() if registry.attestations(record.id, "evaluation")] == []
+    for path in (tmp_path / "adapters").glob("*"):  # a finished one is blocked although it was not registered yet
+        assert len(registry.attestations(path.name, "erasure")) == 1
+    stores.close()
+
+
+def test_what_reports_show_was_asked_by_the_operator(world: tuple[Job, Path], result: CycleResult) -> None:
+    asked = {example["prompt"] for example in json.loads((result.folder / "details.json").read_text())["examples"]}
+    probed = {probe["prompt"] for probe in result.evaluation["probes"]}
+    assert asked == set(HELD_OUT) and probed == set(world[0].probes)
+    people = {message["content"] for row in load(world[0].snapshot).rows for message in row.prompt}
+    assert not people & (asked - {" hello"})
