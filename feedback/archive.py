@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +141,11 @@ class Archive:
             newest = max((record.event.stamp for record in records if record.event), default=0)
             db.execute("UPDATE facts SET value = max(value, ?) WHERE name = 'as_of'", (newest,))
         return new
+
+    def keep(self, events: Iterable[Event]) -> int:
+        """Add events that have their stamps already, beside what is read from logs; how many were new."""
+        with self._transaction() as db:
+            return sum(_keep(db, event) for event in events)
 
     def state(self, target: str) -> dict[tuple[str, str], FeedbackGiven]:
         """What is held about the target now: (rater, slot) -> event."""

@@ -105,6 +105,20 @@ def finish(stores: Stores, then: Then | None = None) -> list[Erasure]:
     return finished
 
 
+def replay(stores: Stores, erasures: Mapping[str, int], then: Then | None = None) -> list[Erasure]:
+    """After a backup was restored: erase again who was erased since it was taken, by subject and stamp (`Archive.erasures`).
+
+    The stamps are those of the erasures, so what people said after they returned stays."""
+    with _alone(stores.settings.feedback.data_dir):
+        stores.archive.ingest(stores.logs)
+        tenant, content = stores.settings.feedback.tenant, stores.subjects.ids.content
+        for subject, stamp in erasures.items():
+            event_id = content("erased again", subject, str(stamp))
+            stores.archive.keep([SubjectErased(event_id=event_id, tenant=tenant, subject=subject, stamp=stamp)])
+        why = SYSTEM, "a backup from before the erasure was restored", then
+        return [_complete(stores, subject, stamp, *why) for subject, stamp in erasures.items()]
+
+
 def withdraw(stores: Stores, subject: str, actor: str, reason: str) -> None:
     """Nothing of the subject goes into snapshots from now on, said before or after. Doing it again changes nothing."""
     with _alone(stores.settings.feedback.data_dir):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -238,4 +239,23 @@ def test_a_rating_of_ten_thousand_people_is_found_fast_enough(tmp_path: Path) ->
     )
     assert erasure.erase(stores, "anna", "mara", "she asked").rows == 3
     assert stores.archive.counts()["feedback.given"] == 10_001
+    stores.close()
+
+
+def test_a_restored_backup_forgets_again_who_was_erased_since(tmp_path: Path) -> None:
+    stores = two_people(tmp_path / "data")
+    stores.close()
+    shutil.copytree(tmp_path / "data", tmp_path / "backup")
+    stores = stores_in(tmp_path / "data")
+    erasure.erase(stores, "anna", "mara", "she asked")
+    since = stores.archive.erasures()
+    stores.close()
+    stores = stores_in(tmp_path / "backup")
+    assert stores.subjects.alive("anna") and left_of_anna(tmp_path / "backup")
+    for _ in range(2):
+        assert [each.stamp for each in erasure.replay(stores, since)] == list(since.values())
+    assert not stores.subjects.alive("anna") and left_of_anna(tmp_path / "backup") == []
+    assert stores.archive.erasures() == since and erasure.finish(stores) == []
+    assert [row["actor"] for row in audit.read(stores.engine)] == ["system"]
+    assert len(rows(tmp_path / "backup")) == 3  # of Ben
     stores.close()
