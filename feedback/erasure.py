@@ -155,6 +155,7 @@ def _complete(stores: Stores, subject: str, stamp: int, actor: str, reason: str,
     stores.archive.ingest(stores.logs)
     _scrub_file(stores.archive.path)
     rows = _clean_partitions(stores.logs.partitions(), subject, stamp)
+    _forget_limits(data_dir / "limits.sqlite", subject)
     redacted, complete = _clean_snapshots(stores.engine, data_dir / "snapshots", {subject: stamp})
     if then is not None:
         then(subject)
@@ -234,6 +235,13 @@ def _clean_snapshots(engine: Engine, folder: Path, erased: Mapping[str, int]) ->
 def _remember(engine: Engine, subject: str, digest: str, rows: int) -> None:
     with contextlib.suppress(IntegrityError), engine.begin() as db:  # a killed call has written it down
         db.execute(insert(erased_from).values(subject=subject, snapshot=digest, rows=rows))
+
+
+def _forget_limits(path: Path, subject: str) -> None:
+    """Counters that name an answer of the subject's. Those of the person alone stay until they end, or erasing would lift every limit."""
+    if path.exists():
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, timeout=5.0)) as db, db:
+            db.execute("DELETE FROM used WHERE who LIKE ? || ' %' AND who NOT LIKE ? || ' themselves'", (subject, subject))
 
 
 def _scrub_file(path: Path) -> None:

@@ -16,10 +16,10 @@ from deploy import lineage
 from deploy.lineage import Affected
 from deploy.registry import Registry
 from feedback import erasure
-from feedback.errors import Gone, InvalidInput, NotAllowed, NotAuthenticated
+from feedback.errors import Gone, InvalidInput, NotAllowed
+from serving.access import caller_of
 from serving.chat import Gateway
 from serving.openai_api import Strict, refusal
-from serving.rating import token_of
 from serving.wire import read_body
 
 PERSON = "the person"
@@ -84,28 +84,23 @@ async def _read(request: Request) -> tuple[Gateway, Wish]:
 
 
 def _asker(request: Request, gateway: Gateway, wish: Wish) -> Asker:
-    """Raises NotAuthenticated, NotAllowed, NotFound, InvalidInput, and Gone for the token of somebody who was erased after it."""
-    kind, _, secret = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() == "bearer":
-        key = gateway.stores.api_keys.check(secret.strip())
-        key.require("erase")
+    """Raises NotAllowed, NotFound, InvalidInput, TooMany, and Gone for the token of somebody who was erased after it."""
+    caller = caller_of(request)
+    if caller.key is not None:
         if wish.subject is None:
             raise InvalidInput("subject: is missing; with an API key it says whose data it is about.", field="subject")
-        return Asker(erasure.named(gateway.stores, wish.subject), key.owner)
+        return Asker(erasure.named(gateway.stores, wish.subject), caller.key.owner)
     if wish.subject is not None:
         raise NotAllowed("subject: a token or a session speaks for its own person only; leave it out.", field="subject")
-    if kind.lower() == "feedback" and (claims := token_of(request, gateway)) is not None:
-        gateway.standings.of(claims)
-        return Asker(claims.subject, PERSON)
-    session = gateway.doorman.caller(request, "feedback").session
-    if session is None:
-        raise NotAuthenticated(
-            "A feedback token, the chat page's session or an API key with the scope erase is needed.", field="Authorization"
-        )
-    if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
-        raise NotAllowed("The chat page's session counts for requests of the page itself only.", field="Sec-Fetch-Site")
-    subject = gateway.stores.subjects.pseudonym(gateway.settings.feedback.tenant, f"session:{session}")
-    return Asker(erasure.named(gateway.stores, subject), PERSON)
+    if caller.claims is not None:
+        gateway.standings.of(caller.claims)
+        subject = caller.claims.subject
+    else:
+        if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
+            raise NotAllowed("The chat page's session counts for requests of the page itself only.", field="Sec-Fetch-Site")
+        subject = erasure.named(gateway.stores, gateway.stores.subjects.pseudonym(caller.tenant, f"session:{caller.session}"))
+    gateway.limits.feedback(subject, "themselves")
+    return Asker(subject, PERSON)
 
 
 def _told(done: dict[str, bool], used: Affected, adapters: dict[str, str]) -> JSONResponse:

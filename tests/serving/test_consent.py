@@ -91,7 +91,7 @@ def test_nobody_speaks_for_somebody_else(world: World) -> None:
         named = {"subject": "cleo"}
         headers = {"Authorization": f"Feedback {token}"}
         assert world.http.post(path, json=named, headers=headers).json()["error"]["param"] == "subject"
-        assert world.http.post(path, json=named).status_code == 403
+        assert world.http.post(path, json=named).status_code == 401
         assert world.http.post(path).status_code == 401
         assert world.http.post(path, json=named, headers=key(world, "chat", "feedback", "dataset")).status_code == 403
         assert world.http.post(path, json=named, headers={"Authorization": "Bearer pl_x"}).status_code == 401
