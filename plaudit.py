@@ -16,6 +16,7 @@ import typer
 from commands import adapters, audit, feedback, keys, people  # noqa: F401  (people adds its verbs to feedback)
 from commands.settings import ConfigPath, Settings, opened, policy_folder, settings_from
 from commands.terminal import Steps, complain, console, say
+from deploy import lineage
 from deploy.registry import Registry
 from feedback.errors import ConfigError, Conflict, PlauditError
 from feedback.keys import SCOPES
@@ -78,7 +79,6 @@ def train(
 @app.command()
 def trainer(config_path: ConfigPath = None, poll_s: Annotated[float, typer.Option(help="How often to look.")] = 5.0) -> None:
     """Runs a cycle whenever enough new ratings are there; until Ctrl-C."""
-    from deploy import lineage
     from trainer.schedule import should_train
 
     with opened(config_path, "trainer") as (settings, stores, registry):
@@ -93,6 +93,7 @@ def trainer(config_path: ConfigPath = None, poll_s: Annotated[float, typer.Optio
 def _train(settings: Settings, stores: Stores, registry: Registry, shuffle: bool) -> str:
     from trainer.start import giving_way, learn
 
+    lineage.finish(stores, registry, settings.erasure)
     cycle = settings.cycle.model_copy(update={"shuffle_labels": shuffle or settings.cycle.shuffle_labels})
     with giving_way(settings.cycle.niceness), Steps() as steps:
         result = learn(stores, registry, policy_folder(settings), settings.policy, (settings.reward_model, settings.ppo, cycle), steps)

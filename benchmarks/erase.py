@@ -40,6 +40,7 @@ from deploy.registry import Registry
 from examples import load
 from feedback import erasure, snapshot
 from feedback.config import FeedbackSettings, Settings
+from feedback.limits import UNLIMITED
 from feedback.stores import Stores, open_stores
 from feedback.subjects import Subjects
 from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
@@ -101,6 +102,7 @@ class Place:
             "server": {"port": 0},
             "engine": {"kind": "scripted"},
             "policy": {"base": "concierge"},
+            "limits": UNLIMITED.model_dump(),
         }
         lines = [
             f"[{name}]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()) for name, keys in sections.items()

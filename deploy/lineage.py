@@ -104,6 +104,9 @@ def _withhold(
     if registry.attestations(adapter, "erasure") and not (retire and record and record.state != "retired"):
         return "retired before" if record and record.state == "retired" else "blocked before"
     fallback = _fallback(registry, settings, adapter, why, set(tainted)) if retire else None
+    if retire and fallback is None and registry.alias("stable") == adapter:
+        registry.withhold(adapter, {"reason": reason, "policy": settings.policy}, by, retire=False, fallback=None)
+        return "blocked; it is still stable, because no adapter that learned from nobody erased is there: register one and erase again"
     registry.withhold(adapter, {"reason": reason, "policy": settings.policy}, by, retire=retire, fallback=fallback)
     if not retire:
         return "blocked: it will not be promoted any more"

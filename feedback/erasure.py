@@ -226,9 +226,12 @@ def _clean_snapshots(engine: Engine, folder: Path, erased: Mapping[str, int]) ->
     redacted = 0
     with snapshot.locked(folder):
         for path in snapshot.all_in(folder):
-            for subject, rows in snapshot.rows_of(path, erased).items():
+            held = snapshot.rows_of(path, erased)
+            for subject, rows in held.items():
                 _remember(engine, subject, path.name, rows)
-            redacted += bool(snapshot.redact(path, erased))
+            if held:
+                snapshot.redact(path, erased)
+                redacted += 1
     return redacted, True
 
 

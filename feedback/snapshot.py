@@ -111,15 +111,15 @@ def _kept(rows: list[Row], erased: Mapping[str, int], subjects: Subjects) -> tup
     """Rows of people who are still there, and their leaves."""
     leaves = {}
     for row in rows:
-        if not _gone(row, erased):
+        if not _gone(row.subject, row.rater, row.stamp, erased):
             with contextlib.suppress(Gone):
                 leaves[row.event_id] = _leaf(row, subjects)
     return [row for row in rows if row.event_id in leaves], leaves
 
 
-def _gone(row: Row, erased: Mapping[str, int]) -> set[str]:
-    """Who of those behind the row was erased after it."""
-    return {who for who in (row.subject, row.rater) if erased.get(who, 0) >= row.stamp}
+def _gone(subject: str, rater: str, stamp: int, erased: Mapping[str, int]) -> set[str]:
+    """Who of those behind a row was erased after it."""
+    return {who for who in (subject, rater) if erased.get(who, 0) >= stamp}
 
 
 @contextlib.contextmanager
@@ -149,7 +149,13 @@ def all_in(out_dir: Path) -> list[Path]:
 
 def rows_of(path: Path, erased: Mapping[str, int]) -> Counter[str]:
     """How many rows each of these subjects has in the snapshot from before the stamp of their erasure."""
-    return Counter(who for row in load(path).rows for who in _gone(row, erased))
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path / ROWS_FILE, columns=["subject", "rater", "stamp"])
+    except (OSError, pyarrow.ArrowException) as exc:
+        raise TrainingRefused(f"snapshot {path} cannot be read: {exc}; delete it, or bring it back from a backup") from exc
+    return Counter(who for row in table.to_pylist() for who in _gone(row["subject"], row["rater"], row["stamp"], erased))
 
 
 def load(path: Path) -> Snapshot:
@@ -183,7 +189,7 @@ def redact(path: Path, erased: Mapping[str, int]) -> int:
 
     How many were dropped. Hold `locked`."""
     snapshot = load(path)
-    kept = [row for row in snapshot.rows if not _gone(row, erased)]
+    kept = [row for row in snapshot.rows if not _gone(row.subject, row.rater, row.stamp, erased)]
     dropped = len(snapshot.rows) - len(kept)
     if dropped:
         head = json.loads((path / HEAD_FILE).read_text()) | {"redacted": True}

@@ -6,6 +6,7 @@ A feedback token and the chat page's session speak for their own person only; an
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -23,6 +24,8 @@ from serving.openai_api import Strict, refusal
 from serving.wire import read_body
 
 PERSON = "the person"
+WORKER = ThreadPoolExecutor(1, "consent")
+"""A thread of its own: an erasure may wait for a snapshot that is being built, and ratings must not wait with it."""
 
 
 class Wish(Strict):
@@ -57,7 +60,7 @@ async def erase(request: Request) -> JSONResponse:
         outcome = lineage.erase(stores, registry, settings.erasure, (asker.subject, asker.by), wish.reason)
         return _told({"erased": True, "complete": outcome.complete}, outcome.affected, outcome.done)
 
-    return await asyncio.to_thread(work)
+    return await asyncio.get_running_loop().run_in_executor(WORKER, work)
 
 
 async def withdraw(request: Request) -> JSONResponse:
@@ -71,7 +74,7 @@ async def withdraw(request: Request) -> JSONResponse:
         used = lineage.affected(stores, Registry(stores.engine, gateway.settings.feedback.tenant), asker.subject)
         return _told({"withdrawn": True}, used, dict.fromkeys(used.adapters, "left as it is"))
 
-    return await asyncio.to_thread(work)
+    return await asyncio.get_running_loop().run_in_executor(WORKER, work)
 
 
 async def _read(request: Request) -> tuple[Gateway, Wish]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 from test_rollout import LEARNED, MARA, Ring
 
 from deploy import lineage, rollout
@@ -172,6 +173,15 @@ def test_retire_takes_it_off_stable_to_what_learned_from_nobody_erased(world: Wo
     assert world.erase("ben", RETIRE).done.keys() == outcome.done.keys() and set(world.erase("ben", RETIRE).done.values()) == {
         "retired before"
     }
+
+
+def test_a_stable_with_nothing_to_replace_it_is_blocked_and_told(world: World) -> None:
+    stable = promoted(world, world.rated("anna"), 1)
+    with world.stores.engine.begin() as db:
+        db.execute(text("UPDATE adapters SET kind = 'trained'"))
+        db.execute(text("UPDATE aliases SET adapter = NULL WHERE name = 'previous'"))
+    assert world.erase("anna", RETIRE).done[stable].startswith("blocked; it is still stable")
+    assert world.registry.alias("stable") == stable and len(world.registry.attestations(stable, "erasure")) == 1
 
 
 def test_a_rollout_against_a_stable_that_is_retired_ends(world: World) -> None:
