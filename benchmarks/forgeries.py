@@ -70,9 +70,10 @@ class Forger:
         return _encoded(raw)
 
     def aimed(self) -> str:
-        """A flipped bit of the IV flips the same bit of the first block: without a MAC this names another target."""
+        """Flipped bits of the IV flip the same bits of the first block: without a MAC this names another target."""
         raw = bytearray(self.draw.choice(self.raw))
-        raw[IV.start + self.draw.randrange(11, 16)] ^= 1 << self.draw.randrange(3)
+        for at in range(IV.start + 11, IV.stop):
+            raw[at] ^= self.draw.randrange(8)
         return _encoded(raw)
 
     def cut(self) -> str:

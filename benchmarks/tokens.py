@@ -75,7 +75,7 @@ def forge(cell: int) -> dict[str, Any]:
     draw = random.Random(f"keys of {SEED} {cell}")
     key, older = key_of(draw), key_of(draw)
     tokens = Tokens([key, older])
-    real = genuine(tokens, 40) + genuine(Tokens([older]), 10)
+    real = genuine(tokens, 40) + genuine(Tokens([older]), 40)
     forger = Forger(older, real[40:], SEED + cell) if cell % 5 == 4 else Forger(key, real[:40], SEED + cell)
     lenient, unsigned = Lenient([key, older]), Unsigned(older if cell % 5 == 4 else key)
     tried: Counter[str] = Counter()
