@@ -37,7 +37,9 @@ class Theft:
     rated: list[str] = field(default_factory=list)
     """Ids of events about what is B's that A caused."""
     read: list[str] = field(default_factory=list)
-    """Requests whose reply held B's words."""
+    """Requests of A's whose reply held B's words."""
+    lost: int = 0
+    """Answers of B's about which B's words are not to be read any more."""
     own_refused: int = 0
     asked: dict[str, int] = field(default_factory=dict)
     """Requests by route and status."""
@@ -98,6 +100,9 @@ async def steal(running: Running, only: str = "") -> Theft:
                 asked[f"{route}: {reply.status}"] += 1
                 if B_SAID in text:
                     theft.read.append(f"{method} {path}")
+        for token in people["B"].tokens.values():
+            async with session.get(f"{running.url}/v1/feedback", headers={"Authorization": f"Feedback {token}"}) as reply:
+                theft.lost += B_SAID not in await reply.text()
         theft.rated = [event.event_id for event in _about(running, people["B"].ids) if event.event_id not in before]
     theft.asked = dict(sorted(asked.items()))
     return theft
@@ -110,8 +115,11 @@ def _requests(running: Running, people: dict[str, Held], only: str) -> Iterator[
         route = f"{method} {path}"
         if only not in route or path == "/v1/chat/completions":  # asking makes something new, which is A's
             continue
-        for target in people["B"].ids:
-            for form in list(_forms(target)) if path.startswith(("/v1/feedback", "/v1/people")) else [target]:
+        for target in [*people["B"].ids, "B"]:
+            if path.startswith("/v1/people"):
+                yield from ((route, path, json.dumps({"subject": form}).encode()) for form in _forms(target))
+                continue
+            for form in list(_forms(target)) if path.startswith("/v1/feedback") else [target]:
                 where = path.replace("{name}", _in_path(form)) + "?" + "&".join(f"{name}={_in_path(form)}" for name in NAMES)
                 if method == "GET":
                     yield route, where, None
@@ -133,7 +141,8 @@ def _odd(mine: str, target: str) -> Iterator[str]:
 def _forms(target: str) -> Iterator[str]:
     """Ways to write an id that a careless comparison would take for it, the plain one first."""
     yield from (target, target.upper(), target.replace("-", ""), f"{{{target}}}", f"urn:uuid:{target}", f" {target}", f"{target}\n")
-    yield from (f"{target}\x00", str(uuid.UUID(target).int), f"{target}/../{target}", f"{target}%", "*")
+    yield from (f"{target}\x00", f"{target}/../{target}", f"{target}%", f"session:{target}", "*")
+    yield from (str(uuid.UUID(target).int),) if "-" in target else ()
 
 
 def _in_path(form: str) -> str:

@@ -196,6 +196,7 @@ def main() -> int:
     report.check("tries of A at what is B's", real.tries, at_least=1_000)
     report.check("ratings of what is B's by A", len(real.rated), at_most=0)
     report.check("words of B that A read", len(real.read), at_most=0)
+    report.check("words of B that are gone", real.lost, at_most=0)
     report.check("ratings of A's own that were refused", real.own_refused, at_most=0)
     for what in ("without a key", "with a key, two gateways"):
         report.check(f"{REPEATS} times the same rating, {AT_ONCE} at once, {what}: changes", again[what]["changes"], at_most=1)
