@@ -43,6 +43,7 @@ def result(world: tuple[Job, Path]) -> CycleResult:
     return run_cycle(world[0], SETTINGS, world[1])
 
 
+@pytest.mark.slow
 def test_a_cycle_leaves_an_adapter_with_its_evidence(world: tuple[Job, Path], result: CycleResult) -> None:
     job, folder = world
     assert verify(result.adapter) == result.adapter_id == result.adapter.name
@@ -62,6 +63,7 @@ def test_a_cycle_leaves_an_adapter_with_its_evidence(world: tuple[Job, Path], re
     assert not list(folder.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_the_adapter_that_was_judged_is_the_one_that_loads(world: tuple[Job, Path], result: CycleResult) -> None:
     policy = Policy.load(world[0].policy, adapter=result.adapter)
     replies = policy.sample([policy.encode([{"role": "user", "content": " hello"}])] * 4, max_tokens=12, temperature=1.0, seed=0)
@@ -70,6 +72,7 @@ def test_the_adapter_that_was_judged_is_the_one_that_loads(world: tuple[Job, Pat
     assert not torch.allclose(new, base, atol=1e-4)  # it learned something
 
 
+@pytest.mark.slow
 def test_a_finished_cycle_is_found_again(world: tuple[Job, Path], result: CycleResult) -> None:
     before = {path: path.stat().st_mtime_ns for path in result.folder.iterdir() if path.name != "job.json"}
     again = run_cycle(world[0], SETTINGS, world[1])
@@ -77,12 +80,14 @@ def test_a_finished_cycle_is_found_again(world: tuple[Job, Path], result: CycleR
     assert {path: path.stat().st_mtime_ns for path in result.folder.iterdir() if path.name != "job.json"} == before
 
 
+@pytest.mark.slow
 def test_a_small_policy_is_trained_on_one_thread(world: tuple[Job, Path], result: CycleResult) -> None:
     torch.set_num_threads(2)
     run_cycle(world[0], SETTINGS, world[1])
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.slow
 def test_the_control_is_another_cycle_and_says_so(world: tuple[Job, Path], result: CycleResult) -> None:
     control = replace(SETTINGS, cycle=CycleSettings(evaluation_samples=2, shuffle_labels=True))
     shuffled = run_cycle(world[0], control, world[1])
@@ -96,6 +101,7 @@ def test_the_control_is_another_cycle_and_says_so(world: tuple[Job, Path], resul
     assert shuffled.evaluation["kl_nats"] == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_what_people_wrote_does_not_outlive_the_cycle(world: tuple[Job, Path], result: CycleResult) -> None:
     # The held-out prompts are the operator's; those that people asked must be gone.
     left = b"".join(path.read_bytes() for path in result.folder.rglob("*") if path.is_file())
@@ -184,6 +190,7 @@ def test_training_gives_way_and_takes_nothing_along(tmp_path: Path, monkeypatch:
         assert os.nice(0) == niceness
 
 
+@pytest.mark.slow
 def test_somebody_erased_meanwhile_leaves_nothing_in_the_cycle_and_learning_begins_anew(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=tmp_path)), "trainer")
@@ -214,6 +221,7 @@ def test_somebody_erased_meanwhile_leaves_nothing_in_the_cycle_and_learning_begi
     stores.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["labels", "base", "adapter"])
 def test_erased_after_any_stage_nothing_goes_to_the_gates(tmp_path: Path, stage: str) -> None:
     job = make_job(tmp_path)
@@ -234,6 +242,7 @@ def test_erased_after_any_stage_nothing_goes_to_the_gates(tmp_path: Path, stage:
     stores.close()
 
 
+@pytest.mark.slow
 def test_what_reports_show_was_asked_by_the_operator(world: tuple[Job, Path], result: CycleResult) -> None:
     asked = {example["prompt"] for example in json.loads((result.folder / "details.json").read_text())["examples"]}
     probed = {probe["prompt"] for probe in result.evaluation["probes"]}

@@ -33,6 +33,7 @@ def test_it_orders_answers_by_their_hidden_utility() -> None:
     assert world.agreement(model.score(world.labels.features_ND)[0]) > 0.88
 
 
+@pytest.mark.slow
 def test_an_optimum_in_the_middle_needs_the_quadratic_map_and_gets_it() -> None:
     world = rated_world(2, quadratic=True)
     features = world.labels.features_ND
@@ -83,6 +84,7 @@ def test_flipped_choices_and_thumbs_flip_the_score() -> None:
     assert torch.corrcoef(torch.stack([right, wrong]))[0, 1] < -0.5
 
 
+@pytest.mark.slow
 def test_the_same_labels_give_the_same_bytes_and_survive_a_file(tmp_path: Path) -> None:
     labels = rated_world(5).labels
     labels.save(tmp_path / "labels.safetensors")
