@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from commands.settings import ConfigPath, opened
+from commands.settings import ConfigPath, JsonOption, KeyOption, opened, operator
 from commands.terminal import complain, console, say
+from feedback.errors import ConfigError, InvalidInput
+from feedback.events import TYPES, Source, json_schema
+from feedback.export import Form
 
+DATES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]
 app = typer.Typer(no_args_is_help=True, help="What people said.")
 
 
@@ -31,8 +38,95 @@ def import_pairs(
         raise typer.Exit(1)
 
 
+@app.command("export")
+def export_snapshot(
+    out: Annotated[Path, typer.Option(help="The file to write; .gz packs it.")],
+    form: Annotated[Form, typer.Option(help="TRL's preference or unpaired form, or one JSON object an opinion.")] = "preference",
+    choices: Annotated[bool, typer.Option("--choices", help="Unpaired: choices too, the chosen answer good, the other one not.")] = False,
+    cohort: Annotated[list[str] | None, typer.Option(help="People with at least one of these tags.")] = None,
+    source: Annotated[list[Source] | None, typer.Option(help="Default: all.")] = None,
+    since: Annotated[datetime | None, typer.Option(formats=DATES, help="Opinions from this moment on, UTC.")] = None,
+    until: Annotated[datetime | None, typer.Option(formats=DATES, help="Opinions before this moment, UTC.")] = None,
+    key: KeyOption = "",
+    config_path: ConfigPath = None,
+) -> None:
+    """Take a snapshot and write it as a training set; prints the snapshot's digest. Texts lie open in the file. Scope `dataset`."""
+    from feedback import export, snapshot
+    from feedback.erasure import reads_snapshots
+
+    with opened(config_path, "export") as (settings, stores, _):
+        by = operator(stores, key, "dataset").owner
+        if not reads_snapshots():
+            raise ConfigError("snapshots need pyarrow, which is not installed: install plaudit[train]")
+        given = {"tenant": settings.feedback.tenant, "cohorts": tuple(cohort or ()), "since_ms": _ms(since) or 0, "until_ms": _ms(until)}
+        filters = snapshot.Filters.model_validate(given | ({"sources": tuple(source)} if source else {}))
+        taken = snapshot.build(stores.archive, stores.subjects, settings.feedback.data_dir / "snapshots", filters)
+        done = export.export(taken, out, form, choices=choices)
+        export.record(stores.engine, by, taken, done, form)
+    say(f"{done.written} lines in {out} ({form}), from {len(taken.rows)} opinions; snapshot {taken.digest}")
+    if done.left_out:
+        say("left out: " + ", ".join(f"{count} {why}" for why, count in done.left_out.items()))
+
+
+@app.command("schema")
+def schema() -> None:
+    """The JSON Schema of events, as partitions and Kafka's topic hold them."""
+    console.print_json(json.dumps(json_schema()))
+
+
 @app.command("stats")
-def stats(config_path: ConfigPath = None) -> None:
-    """How many events of each kind, and how many opinions are held."""
+def stats(as_json: JsonOption = False, config_path: ConfigPath = None) -> None:
+    """What the data folder holds: events, opinions, people, what waits and what was set aside. JSON unless in a terminal."""
+    from feedback.stats import statistics
+
     with opened(config_path, "stats") as (_, stores, _registry):
-        console.print_json(json.dumps(stores.archive.counts()))
+        found = statistics(stores)
+    if as_json or not console.is_terminal:
+        say(found.model_dump_json())
+        return
+    table = Table("what", "which", "how many")
+    for kind, count in sorted(found.events.items()):
+        table.add_row("events", kind, str(count))
+    for slot, values in found.held.items():
+        for value, count in values.items():
+            table.add_row("opinions held", f"{slot} {value}", str(count))
+    for what, counted in (("opinions from", found.sources), ("interactions of", found.cohorts)):
+        for name, count in counted.items():
+            table.add_row(what, name, str(count))
+    for what, number in (("raters", found.raters), ("set aside as poison", found.poison), ("dead letters", found.dead_letters)):
+        table.add_row(what, "", str(number))
+    table.add_row("waiting for Kafka", "", "no Kafka" if found.unsent is None else str(found.unsent))
+    for what, ms in (("oldest event", found.oldest_ms), ("newest event", found.newest_ms)):
+        table.add_row(what, time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(ms / 1000)) if ms is not None else "none", "")
+    console.print(table)
+
+
+@app.command("tail")
+def tail(
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
+    kind: Annotated[list[str] | None, typer.Option("--type", help="Only events of this type, e.g. feedback.given.")] = None,
+    last: Annotated[int, typer.Option("-n", min=0, help="How many of the last events to begin with.")] = 10,
+    unseal: Annotated[bool, typer.Option("--open", help="Show what people wrote; scope `dataset`.")] = False,
+    key: KeyOption = "",
+    config_path: ConfigPath = None,
+) -> None:
+    """This machine's last events, one JSON object a line; sealed texts stay sealed without --open."""
+    from feedback import tail as tailing
+
+    with opened(config_path, "tail") as (_, stores, _registry):
+        if unseal:
+            operator(stores, key, "dataset")
+        subjects = stores.subjects if unseal else None
+        unknown = set(kind or ()) - TYPES
+        if unknown:
+            raise InvalidInput(f"type: there is no event '{min(unknown)}'; they are {', '.join(sorted(TYPES))}", field="type")
+        events, position = tailing.last(stores.logs, last, kind or ())
+        for event in events:
+            say(tailing.line(event, subjects))
+        for each in tailing.follow(stores.logs, position, kind or ()) if follow else ():
+            if each is not None:
+                say(tailing.line(each, subjects))
+
+
+def _ms(moment: datetime | None) -> int | None:
+    return None if moment is None else int(moment.replace(tzinfo=UTC).timestamp() * 1000)

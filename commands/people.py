@@ -11,7 +11,7 @@ from commands.settings import ConfigPath, KeyOption, opened, operator
 from commands.terminal import complain, say
 from deploy import lineage
 from deploy.lineage import Affected
-from feedback import erasure
+from feedback import erasure, export
 
 Subject = Annotated[str, typer.Argument(help="The id that the application uses, or the pseudonym s_...")]
 
@@ -24,8 +24,11 @@ def erase_person(
     with opened(config_path, "operator") as (settings, stores, registry):
         by = operator(stores, key, "erase").owner
         outcome = lineage.erase(stores, registry, settings.erasure, (erasure.named(stores, subject), by), reason)
+        exported = export.made_from(stores.engine, outcome.affected.snapshots)
     say(f"{outcome.affected.subject} is erased")
     _tell(outcome.affected, outcome.done)
+    for file in exported:
+        say(f"export {file}: delete it and its copies, it holds what this person asked or read")
     if not outcome.complete:
         complain("snapshots could not be read here, because pyarrow is not installed; a running `plaudit trainer` finishes it")
         raise typer.Exit(1)

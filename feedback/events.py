@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
@@ -33,9 +33,9 @@ def new_id(unix_ms: int | None = None) -> str:
 
 
 class Model(BaseModel):
-    """Frozen, and an unknown field is an error."""
+    """Frozen, and an unknown field is an error. What stands under a field is its description in `json_schema`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Sealed(Model):
@@ -73,7 +73,8 @@ class FeedbackText(Model):
 
 class EventBase(Model):
     event_id: str
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
+    """A newer one is no event that this code knows: it may mean something else by the same field."""
     stamp: int = 0
     tenant: str = "default"
 
@@ -181,6 +182,9 @@ Event = (
     | RolloutEvent
 )
 
+TYPES = frozenset(kind for each in get_args(Event) for kind in get_args(each.model_fields["type"].annotation))
+"""Every `type` there is."""
+
 _adapter: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
 
 
@@ -192,6 +196,12 @@ def encode(event: Event) -> bytes:
 def decode(value: bytes | str) -> Event:
     """The event that `encode` wrote. Raises pydantic's ValidationError, which the log's reader sets aside as poison."""
     return _adapter.validate_json(value)
+
+
+def json_schema() -> dict[str, JsonValue]:
+    """JSON Schema (2020-12) of what `encode` writes and has written, for other consumers of the topic. `sealed` stays closed to them."""
+    schema = _adapter.json_schema(mode="validation")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Value of an event of Plaudit", **schema}
 
 
 def partition_key(event: Event) -> str:
