@@ -6,7 +6,7 @@ import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.table import Table
@@ -44,7 +44,7 @@ def export_snapshot(
     form: Annotated[Form, typer.Option(help="TRL's preference or unpaired form, or one JSON object an opinion.")] = "preference",
     choices: Annotated[bool, typer.Option("--choices", help="Unpaired: choices too, the chosen answer good, the other one not.")] = False,
     cohort: Annotated[list[str] | None, typer.Option(help="People with at least one of these tags.")] = None,
-    source: Annotated[list[Source] | None, typer.Option(help="Default: all.")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="person, simulated or import; default: all.")] = None,
     since: Annotated[datetime | None, typer.Option(formats=DATES, help="Opinions from this moment on, UTC.")] = None,
     until: Annotated[datetime | None, typer.Option(formats=DATES, help="Opinions before this moment, UTC.")] = None,
     key: KeyOption = "",
@@ -58,6 +58,8 @@ def export_snapshot(
         by = operator(stores, key, "dataset").owner
         if not reads_snapshots():
             raise ConfigError("snapshots need pyarrow, which is not installed: install plaudit[train]")
+        if wrong := set(source or ()) - set(get_args(Source)):
+            raise InvalidInput(f"source: '{min(wrong)}' is none of {', '.join(get_args(Source))}", field="source")
         given = {"tenant": settings.feedback.tenant, "cohorts": tuple(cohort or ()), "since_ms": _ms(since) or 0, "until_ms": _ms(until)}
         filters = snapshot.Filters.model_validate(given | ({"sources": tuple(source)} if source else {}))
         taken = snapshot.build(stores.archive, stores.subjects, settings.feedback.data_dir / "snapshots", filters)
