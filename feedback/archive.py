@@ -262,18 +262,13 @@ def _keep(db: sqlite3.Connection, event: Event) -> int:
         (event.event_id, event.type, event.stamp, partition_key(event), subject, encode(event)),
     ).rowcount
     if not added:
+        _keep_later(db, event)
         return 0
     if isinstance(event, InteractionStarted):
         row = (event.interaction_id, event.comparison_id, event.side, event.stamp >> COUNTER_BITS)
         db.execute("INSERT OR IGNORE INTO interactions VALUES (?, ?, ?, ?)", row)
     elif isinstance(event, FeedbackGiven | FeedbackCleared):
-        cleared = isinstance(event, FeedbackCleared)
-        db.execute(
-            "INSERT INTO said VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (target, rater, slot) DO UPDATE SET "
-            "stamp = excluded.stamp, event_id = excluded.event_id, cleared = excluded.cleared "
-            "WHERE (excluded.stamp, excluded.event_id) > (said.stamp, said.event_id)",
-            (event.target, event.rater, event.slot, event.stamp, event.event_id, cleared),
-        )
+        _say(db, event)
     elif isinstance(event, ConsentWithdrawn | SubjectErased):
         kind = "erased" if isinstance(event, SubjectErased) else "withdrawn"
         db.execute(
@@ -283,6 +278,25 @@ def _keep(db: sqlite3.Connection, event: Event) -> int:
         if isinstance(event, SubjectErased):
             _erase(db, event.subject, event.stamp)
     return 1
+
+
+def _keep_later(db: sqlite3.Connection, event: Event) -> None:
+    """An event that is there already. Two gateways that got the same request at once gave it two stamps: the greater one counts,
+    whichever arrives first."""
+    row = (event.stamp, encode(event), event.event_id, event.stamp)
+    changed = db.execute("UPDATE events SET stamp = ?, value = ? WHERE event_id = ? AND stamp < ?", row).rowcount
+    if changed and isinstance(event, FeedbackGiven | FeedbackCleared):
+        _say(db, event)
+
+
+def _say(db: sqlite3.Connection, event: FeedbackGiven | FeedbackCleared) -> None:
+    """The last word in its cell, if it is that."""
+    db.execute(
+        "INSERT INTO said VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (target, rater, slot) DO UPDATE SET "
+        "stamp = excluded.stamp, event_id = excluded.event_id, cleared = excluded.cleared "
+        "WHERE (excluded.stamp, excluded.event_id) > (said.stamp, said.event_id)",
+        (event.target, event.rater, event.slot, event.stamp, event.event_id, isinstance(event, FeedbackCleared)),
+    )
 
 
 def _erase(db: sqlite3.Connection, subject: str, stamp: int) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from feedback.archive import Archive
 from feedback.events import Event, FeedbackCleared, FeedbackGiven, Slot, SubjectErased
@@ -36,8 +36,8 @@ class CurrentState:
     slots: dict[Slot, FeedbackGiven]
     as_of: int
     """Stamp up to which other machines' events are in it; this machine's are always in."""
-    event_ids: frozenset[str] = frozenset()
-    """Of everything that was said about the target."""
+    said: Mapping[str, Said] = field(default_factory=dict)
+    """Everything that this rater is known to have said about it, by event_id."""
 
 
 def current_state(archive: Archive, logs: SqliteLogs, target: str, rater: str) -> CurrentState:
@@ -49,4 +49,5 @@ def current_state(archive: Archive, logs: SqliteLogs, target: str, rater: str) -
     for (_, whose, slot), event in fold(known).items():
         if whose == rater and isinstance(event, FeedbackGiven):
             slots[slot] = event
-    return CurrentState(slots, as_of, frozenset(event.event_id for event in known))
+    words = [event for event in known if isinstance(event, FeedbackGiven | FeedbackCleared) and event.rater == rater]
+    return CurrentState(slots, as_of, {event.event_id: event for event in sorted(words, key=lambda event: event.stamp)})

@@ -51,10 +51,14 @@ class Stores:
         """Append, and with `ack = "broker"` wait for Kafka too. Raises NotDurable while Kafka is away: the events then lie on this
         machine and get there later, so the same Idempotency-Key finds them."""
         stored = await self.log.append(events)
+        return stored, await self.confirm(stored)
+
+    async def confirm(self, stored: Sequence[Event]) -> Literal["local", "broker"]:
+        """What a 2xx for these stored events says: the same for a repeated request, which may ask after a 503. Raises NotDurable."""
         if self.settings.feedback.ack == "local" or self.relay is None:
-            return stored, "local"
+            return "local"
         await self.relay.delivered(stored, self.settings.feedback.ack_timeout_s)
-        return stored, "broker"
+        return "broker"
 
     def ingest(self) -> int:
         """Bring the archive up to date from this machine's partitions and, where it is set, from Kafka; how many events were new."""

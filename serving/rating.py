@@ -109,7 +109,7 @@ async def give(request: Request) -> JSONResponse:
                 stored, durable = await gateway.give(event)
             standing = standing.after(stored, text)
         else:
-            stored, durable = repeated, gateway.settings.feedback.ack
+            stored, durable = repeated, await gateway.stores.confirm([repeated])
     metrics.FEEDBACK.labels(said.kind).inc()
     reply = {"feedback_id": stored.event_id, "version": stored.stamp, "state": standing.shown(), "durable": durable}
     return JSONResponse(reply, headers={"Cache-Control": "no-store"})
@@ -117,15 +117,15 @@ async def give(request: Request) -> JSONResponse:
 
 def hear(
     gateway: Gateway, claims: Claims, said: Said, body: bytes, key: str | None
-) -> tuple[Standing, FeedbackGiven | FeedbackCleared, FeedbackGiven | None]:
+) -> tuple[Standing, FeedbackGiven | FeedbackCleared, FeedbackGiven | FeedbackCleared | None]:
     """What the person holds so far, the event of what they say now, and the earlier one where that is the same. Raises TooMany for
     news over their limits; a repetition counts under none, so a client may always ask again whether it was heard."""
     standing = gateway.standings.of(claims)
+    gateway.stores.clock.observe(standing.newest)  # another gateway may have given that stamp; what is said now comes after it
     event = as_event(gateway, claims, said, body, key)
-    # With an Idempotency-Key the log itself knows what is a repetition, and what is a key used twice.
     text = FeedbackText(comment=said.comment, correction=said.correction)
-    repeated = standing.repeated_by(event, text) if key is None else None
-    if repeated is None and event.event_id not in standing.event_ids:
+    repeated = standing.repeated_by(event, text) if key is None else standing.earlier(event)
+    if repeated is None:
         gateway.limits.feedback(claims.subject, claims.target)
     return standing, event, repeated
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from feedback.archive import Archive
 from feedback.clock import stamp_ms
-from feedback.errors import Gone, NotFound
+from feedback.errors import Gone, IdempotencyMismatch, NotFound
 from feedback.events import (
     ConsentWithdrawn,
     Event,
@@ -38,8 +38,8 @@ class Standing:
     texts: Mapping[Slot, FeedbackText] = field(default_factory=dict)
     as_of: int = 0
     """Stamp up to which other machines' events are in it; this machine's are always in."""
-    event_ids: frozenset[str] = frozenset()
-    """Of everything that was said about the answer."""
+    said: Mapping[str, Said] = field(default_factory=dict)
+    """Everything that this person is known to have said about it, by event_id."""
     became: str = "nothing_said"
     """`nothing_said`, `waiting_for_answer`, `not_counted` (the answer broke off, or its person withdrew) or `counts` (from the next
     learning cycle on)."""
@@ -51,6 +51,20 @@ class Standing:
             return None
         same = (held.value, held.reasons, self.texts[event.slot]) == (event.value, event.reasons, text)
         return held if same else None
+
+    def earlier(self, event: Said) -> Said | None:
+        """What the same request with this Idempotency-Key stored before, by whichever gateway; None where it is new.
+
+        Raises IdempotencyMismatch where the key came with something else about this answer."""
+        same = self.said.get(event.event_id)
+        if same is None and any(each.idempotency == event.idempotency for each in self.said.values()):
+            raise IdempotencyMismatch("Idempotency-Key was used before with another body; use a new key", field="Idempotency-Key")
+        return same
+
+    @property
+    def newest(self) -> int:
+        """The greatest stamp of anything that this person said about it, 0 for none."""
+        return max((event.stamp for event in self.said.values()), default=0)
 
     def after(self, event: Said, text: FeedbackText) -> Standing:
         """The state once this event is committed too."""
@@ -96,7 +110,7 @@ class Standings:
         boxes = {slot: held.sealed for slot, held in state.slots.items()}
         texts = {slot: self._subjects.open(box, FeedbackText) if box else FeedbackText() for slot, box in boxes.items()}
         became = "not_counted" if withdrawn else self._became(state.slots, claims)
-        return Standing(state.slots, texts, state.as_of, state.event_ids, became)
+        return Standing(state.slots, texts, state.as_of, state.said, became)
 
     def _refuse_erased(self, claims: Claims) -> bool:
         """Raises Gone where the person was erased after the answer began. Whether they have withdrawn their consent."""
