@@ -7,6 +7,7 @@ arrives later from another partition.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
@@ -15,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from feedback.clock import COUNTER_BITS, wall_ms
-from feedback.errors import Conflict, NotDurable
+from feedback.errors import ConfigError, Conflict, NotDurable
 from feedback.events import (
+    SCHEMA_VERSION,
     ConsentWithdrawn,
     Event,
     FeedbackCleared,
@@ -90,6 +94,25 @@ class Archive:
             self._db.executescript(SCHEMA)
         except sqlite3.Error as exc:
             raise NotDurable(f"the archive {path} cannot be opened: {exc}", retry_after_s=2) from exc
+        self._meet_version()
+
+    def _meet_version(self) -> None:
+        """Read again what an older version of this code set aside. Raises ConfigError where a newer one has written here."""
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO facts VALUES ('schema_version', ?)", (SCHEMA_VERSION,))
+            before = db.execute("SELECT value FROM facts WHERE name = 'schema_version'").fetchone()[0]
+            if before > SCHEMA_VERSION:
+                raise ConfigError(
+                    f"the archive {self.path} holds events of version {before}, this code knows {SCHEMA_VERSION}; "
+                    "install the newer version again, or restore a backup from before it",
+                    field="feedback.data_dir",
+                )
+            if before < SCHEMA_VERSION:
+                for partition, offset, value in db.execute("SELECT partition, offset, value FROM poison").fetchall():
+                    with contextlib.suppress(ValidationError):
+                        _keep(db, decode(value))
+                        db.execute("DELETE FROM poison WHERE partition = ? AND offset = ?", (partition, offset))
+                db.execute("UPDATE facts SET value = ? WHERE name = 'schema_version'", (SCHEMA_VERSION,))
 
     def close(self) -> None:
         with self._lock:
