@@ -241,14 +241,22 @@ class Archive:
         """Delete interactions older than `days` that nobody holds an opinion about, by themselves or as a side. How many."""
         before = (wall_ms() if now_ms is None else now_ms) - days * 24 * 3600 * 1000
         unrated = (
-            "SELECT interaction_id FROM interactions i WHERE started_ms < ? AND NOT EXISTS "
+            "SELECT interaction_id, comparison_id FROM interactions i WHERE started_ms < ? AND NOT EXISTS "
             "(SELECT 1 FROM said WHERE cleared = 0 AND target IN (i.interaction_id, i.comparison_id))"
         )
         with self._transaction() as db:
-            ids = db.execute(unrated, (before,)).fetchall()
+            found = db.execute(unrated, (before,)).fetchall()
+            ids = [(interaction,) for interaction, _ in found]
             db.executemany("DELETE FROM events WHERE about = ?", ids)
             db.executemany("DELETE FROM said WHERE target = ?", ids)
             db.executemany("DELETE FROM interactions WHERE interaction_id = ?", ids)
+            # What was said about a comparison and taken back goes with its last side.
+            gone = [(each,) for each in {comparison for _, comparison in found if comparison}]
+            alone = "NOT EXISTS (SELECT 1 FROM interactions WHERE comparison_id = ?1)"
+            db.executemany(f"DELETE FROM events WHERE about = ?1 AND {alone}", gone)
+            db.executemany(f"DELETE FROM said WHERE target = ?1 AND {alone}", gone)
+        if ids:
+            self._rows("PRAGMA wal_checkpoint(TRUNCATE)")  # what was deleted would lie there until other rows overwrite it
         return len(ids)
 
     def _rows(self, query: str, *arguments: object) -> list[Any]:

@@ -8,6 +8,7 @@ anybody is told that it is stored.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import sqlite3
 import threading
@@ -41,6 +42,7 @@ MAX_PENDING = 20_000
 """Events waiting for the disk; beyond it append says NotDurable at once instead of filling memory."""
 MAX_BATCH = 2_000
 RETRY_AFTER_S = 2
+PRUNED_AT_ONCE = 500
 
 
 def open_file(path: Path) -> sqlite3.Connection:
@@ -265,15 +267,25 @@ def parse(value: bytes) -> Event | None:
 
 
 def prune(path: Path, archived: int, before_ms: int, only_sent: bool) -> int:
-    """Delete rows below offset `archived` that are older than `before_ms`, and with `only_sent` only what Kafka has. Returns how many."""
-    db = open_file(path)
+    """Delete rows below offset `archived` that are older than `before_ms`, with `only_sent` none that wait for Kafka. How many.
+
+    May be called beside the process that writes the partition. Nothing of the rows is left in the file (`secure_delete`) and, unless
+    somebody reads it at this moment, in its write-ahead log."""
+    deleted = 0
     try:
-        cut = 0
-        for offset, value in db.execute("SELECT offset, value FROM events WHERE offset < ? ORDER BY offset", (archived,)):
-            event = parse(value)
-            if event is not None and stamp_ms(event.stamp) >= before_ms:
-                break
-            cut = offset
-        return db.execute("DELETE FROM events WHERE offset <= ? AND (sent = 1 OR ?)", (cut, not only_sent)).rowcount
-    finally:
-        db.close()
+        with contextlib.closing(open_file(path)) as db:
+            cut = 0
+            for offset, value in db.execute("SELECT offset, value FROM events WHERE offset < ? ORDER BY offset", (archived,)):
+                event = parse(value)
+                if event is not None and stamp_ms(event.stamp) >= before_ms:
+                    break
+                cut = offset
+            old = "SELECT offset FROM events WHERE offset <= ? AND (sent != 0 OR ?) ORDER BY offset LIMIT ?"
+            # In small transactions, so that the writer never waits long for its lock.
+            while some := db.execute(f"DELETE FROM events WHERE offset IN ({old})", (cut, not only_sent, PRUNED_AT_ONCE)).rowcount:
+                deleted += some
+            if deleted:
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    except sqlite3.Error as exc:
+        raise NotDurable(f"the event log {path} could not be pruned: {exc}", retry_after_s=RETRY_AFTER_S) from exc
+    return deleted

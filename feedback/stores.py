@@ -66,14 +66,16 @@ class Stores:
         return new + (self.archive.ingest(self.kafka) if self.kafka is not None else 0)
 
     def expire(self, now_ms: int | None = None) -> int:
-        """Delete interactions that nobody rated within `feedback.unrated_expiry_days`, here and in this process's partition, whose rows
-        are in the archive by then. How many interactions. Once an hour is enough."""
+        """Delete interactions that nobody rated within `feedback.unrated_expiry_days` from the archive, and rows of that age from every
+        partition of this machine, also of processes that are gone: the archive has them by then. How many interactions. Once an hour
+        is enough."""
         now_ms = wall_ms() if now_ms is None else now_ms
         days = self.settings.feedback.unrated_expiry_days
         self.ingest()
         expired = self.archive.expire(now_ms, days)
-        archived = self.archive.positions().get(self.log.partition, 0)
-        prune(self.log.path, archived, now_ms - days * 24 * 3600 * 1000, only_sent=self.relay is not None)
+        positions = self.archive.positions()
+        for path in self.logs.partitions():
+            prune(path, positions.get(path.stem, 0), now_ms - days * 24 * 3600 * 1000, only_sent=self.settings.kafka.bootstrap is not None)
         return expired
 
     def close(self) -> None:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feedback.archive import Archive
+from feedback.clock import stamp_ms
 from feedback.errors import Conflict
-from feedback.events import Event, FeedbackCleared, FeedbackGiven, SubjectErased, encode, new_id
+from feedback.events import Event, FeedbackCleared, FeedbackGiven, InteractionFinished, SubjectErased, encode, new_id
 from feedback.fold import Said, current_state, fold
 from feedback.log import Position, Record
 
@@ -169,3 +170,34 @@ def test_expiry_reaches_the_partition_too(tmp_path: Path) -> None:
 def test_the_clearing_stays_as_a_tombstone() -> None:
     old, cleared = rating("i", "r", "up", stamp=1), clearing("i", "r", stamp=2)
     assert isinstance(fold([cleared, old])["i", "r", "rating"], FeedbackCleared)
+
+
+def test_nothing_of_an_expired_interaction_is_left_in_any_file(tmp_path: Path) -> None:
+    stores, gone, day = stores_in(tmp_path), stores_in(tmp_path, "gone"), 24 * 3600 * 1000
+    events = [*answered(stores, "here", "anna", "Thin."), *answered(stores, "kept", "ben", "Thick.")]
+    here = stores.log.append_sync([*events, rating("kept", "ben", "up")])
+    sides = [*answered(gone, "l", "anna", "One.", comparison="c", side="a"), *answered(gone, "r", "anna", "Two.", comparison="c", side="b")]
+    taken_back: list[Event] = [rating("c", "anna", "a", slot="choice"), clearing("c", "anna", slot="choice")]
+    there = gone.log.append_sync([*sides, *taken_back])
+    gone.close()
+    stores.ingest()
+    stored = {event.event_id.encode() for event in (*here, *there)}
+    boxes = {event.sealed.box.encode() for event in (*here[:2], *there) if isinstance(event, InteractionFinished) and event.sealed}
+
+    def found(wanted: set[bytes], folder: Path) -> set[bytes]:
+        everything = b"".join(path.read_bytes() for path in folder.rglob("*.sqlite*"))
+        return {each for each in wanted if each in everything}
+
+    assert found(stored | boxes, tmp_path) == stored | boxes and len(boxes) == 3  # the search can find them
+    now_ms = stamp_ms(here[0].stamp) + 31 * day
+    assert stores.expire(now_ms) == 3
+    kept = {event.event_id.encode() for event in here[2:]}
+    assert found(stored | boxes, tmp_path) == kept and found(stored, tmp_path / "log") == set()
+    assert [event.event_id for event in stores.archive.current()] == [here[-1].event_id]
+    assert stores.expire(now_ms) == 0 and stores.archive.interaction("kept") is not None
+    # A process of that name that comes back goes on behind the offsets that were read.
+    again = stores_in(tmp_path, "gone")
+    again.log.append_sync([rating("kept", "ben", "down")])
+    assert stores.ingest() == 1
+    again.close()
+    stores.close()
