@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from deploy.config import ErasureSettings
@@ -77,6 +77,11 @@ def erase(stores: Stores, registry: Registry, settings: ErasureSettings, who: tu
 def finish(stores: Stores, registry: Registry, settings: ErasureSettings) -> int:
     """Complete erasures that broke off or came from elsewhere, as `erase` does. How many."""
     return len(erasure.finish(stores, lambda each: _act(stores, registry, settings, each, erasure.SYSTEM)))
+
+
+def replay(stores: Stores, registry: Registry, settings: ErasureSettings, erasures: Mapping[str, int]) -> int:
+    """After a backup was restored: erase again, as `erase` does, who was erased since. How many."""
+    return len(erasure.replay(stores, erasures, lambda each: _act(stores, registry, settings, each, erasure.SYSTEM)))
 
 
 def _act(stores: Stores, registry: Registry, settings: ErasureSettings, subject: str, by: str) -> Outcome:

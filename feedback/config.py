@@ -37,6 +37,8 @@ class FeedbackSettings(Section):
     """How long a feedback token may be used; no longer than unrated interactions are kept."""
     unrated_expiry_days: int = Field(default=30, ge=1)
     """Interactions that nobody rated are deleted from the archive after so many days."""
+    erased_file: Path | None = None
+    """Where each erasure is also listed, to be kept apart from backups; without it `erased.jsonl` in the data folder."""
     ack: Literal["local", "broker"] = "local"
     """What a 2xx for feedback promises: fsynced on this machine, or also received by Kafka."""
     ack_timeout_s: float = Field(default=5.0, gt=0)

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import sqlite3
@@ -25,6 +26,7 @@ from sqlalchemy.exc import IntegrityError
 
 from feedback import audit, snapshot
 from feedback.clock import stamp_ms, wall_ms
+from feedback.config import FeedbackSettings
 from feedback.database import create_tables, transaction, truncate_wal
 from feedback.errors import NotDurable, NotFound
 from feedback.events import ConsentWithdrawn, FeedbackCleared, FeedbackGiven, InteractionStarted, SubjectErased, new_id
@@ -135,6 +137,38 @@ def withdraw(stores: Stores, subject: str, actor: str, reason: str) -> None:
         stores.archive.ingest(stores.logs)
 
 
+def erased_file(settings: FeedbackSettings) -> Path:
+    """The list of erasures, one JSON object a line: which backups of before them must not bring back."""
+    return settings.erased_file or settings.data_dir / "erased.jsonl"
+
+
+def listed(path: Path) -> dict[str, int]:
+    """What such a list says, by subject and stamp. A line that is torn or none of ours counts as not there. Raises NotFound."""
+    found: dict[str, int] = {}
+    try:
+        lines = path.read_text("utf-8", "replace").splitlines()
+    except OSError as exc:
+        raise NotFound(f"the list of erasures {path} cannot be read: {exc.strerror}", field="erased") from exc
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            found[str(entry["subject"])] = max(found.get(str(entry["subject"]), 0), int(entry["stamp"]))
+    return found
+
+
+def _list(path: Path, subject: str, stamp: int) -> None:
+    """Add one line, fsynced. An erasure that is repeated may stand there twice."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read(1) not in (b"", b"\n")  # a kill may have left half a line
+            file.write(b"\n" * torn + json.dumps({"subject": subject, "stamp": stamp}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as exc:
+        raise NotDurable(f"the list of erasures {path} could not be written: {exc.strerror}; erase again", retry_after_s=2) from exc
+
+
 def reads_snapshots() -> bool:
     """Whether pyarrow (extra `train`) is here."""
     return importlib.util.find_spec("pyarrow") is not None
@@ -151,6 +185,7 @@ def lineage(engine: Engine, subject: str) -> dict[str, int]:
 def _complete(stores: Stores, subject: str, stamp: int, actor: str, reason: str, then: Then | None) -> Erasure:
     data_dir = stores.settings.feedback.data_dir
     keys = stores.subjects.erase(subject, stamp, by=actor, reason=reason)
+    _list(erased_file(stores.settings.feedback), subject, stamp)
     stores.subjects.scrub()  # also where a killed call has destroyed them and not come this far
     stores.archive.ingest(stores.logs)
     _scrub_file(stores.archive.path)

@@ -28,6 +28,7 @@ from feedback.subjects import Subjects
 from feedback.tokens import Tokens, sync_folder
 
 MAX_PARTITIONS = 256
+MAX_OFFSET = 2**63 - 1
 
 
 @dataclass
@@ -73,9 +74,11 @@ class Stores:
         days = self.settings.feedback.unrated_expiry_days
         self.ingest()
         expired = self.archive.expire(now_ms, days)
-        positions = self.archive.positions()
+        kafka, positions = self.settings.kafka.bootstrap is not None, self.archive.positions()
         for path in self.logs.partitions():
-            prune(path, positions.get(path.stem, 0), now_ms - days * 24 * 3600 * 1000, only_sent=self.settings.kafka.bootstrap is not None)
+            # With Kafka the archive reads what was sent, which lies in the topic for at least as long.
+            archived = MAX_OFFSET if kafka else positions.get(path.stem, 0)
+            prune(path, archived, now_ms - days * 24 * 3600 * 1000, only_sent=kafka)
         return expired
 
     def close(self) -> None:

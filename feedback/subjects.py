@@ -16,6 +16,7 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -161,6 +162,22 @@ class Subjects:
         """The stamp of the last erasure whose keys are destroyed, 0 for none."""
         with transaction(self._engine) as db:
             return int(db.execute(select(erasures.c.stamp).where(erasures.c.subject == subject)).scalar() or 0)
+
+    def erasures(self) -> dict[str, int]:
+        """The stamp of every subject's last erasure whose keys are destroyed."""
+        with transaction(self._engine) as db:
+            return {row.subject: row.stamp for row in db.execute(select(erasures.c.subject, erasures.c.stamp))}
+
+    def adopt(self, rows: Sequence[tuple[str, int, bytes | None, int, int | None]]) -> int:
+        """Add keys (subject, generation, wrapped, created_ms, erased_ms) of another copy of this database that are missing here; how many.
+        One that is destroyed on either side stays so."""
+        with transaction(self._engine) as db:
+            here = {(row.subject, row.generation) for row in db.execute(select(subject_keys.c.subject, subject_keys.c.generation))}
+            names = ("subject", "generation", "wrapped", "created_ms", "erased_ms")
+            new = [dict(zip(names, row, strict=True)) for row in rows if (row[0], row[1]) not in here]
+            if new:
+                db.execute(insert(subject_keys), new)
+            return len(new)
 
     def forget(self, subject: str) -> None:
         """Drop the subject's key from this process's cache, as when another process has erased it."""
