@@ -180,9 +180,9 @@ def _catch_up(stores: Stores, old: Path | None, restored: Restored) -> None:
             while some := rows.fetchmany(BATCH):
                 restored.newer += stores.archive.keep([event for (value,) in some if (event := parse(value)) is not None])
         mark = secrets.token_hex(4)
-        for path in sorted((old / "log").glob("*.sqlite")):
+        for number, path in enumerate(sorted((old / "log").glob("*.sqlite"))):
             # As partitions of their own, because offsets were given twice: whoever reads or sends them de-duplicates by event_id.
-            copied = stores.logs.folder / f"replaced-{mark}-{path.name}"
+            copied = stores.logs.folder / f"replaced-{mark}-{number}.sqlite"
             with _reading(path, restored) as db:
                 with contextlib.closing(sqlite3.connect(copied.with_suffix(".copying"))) as copy:
                     db.backup(copy)

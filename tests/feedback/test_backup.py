@@ -265,6 +265,33 @@ def test_nobody_restores_without_a_key_of_the_backup(lived: Path, tmp_path: Path
     assert not (tmp_path / "new").exists()
 
 
+def test_a_restore_that_fails_on_the_way_leaves_the_folder_as_it_was(lived: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = stores_in(lived)
+    stores.log.append_sync([rating("of ben", "ben", "down", event_id="late")])
+    stores.close()
+
+    def full(*_: object) -> object:
+        raise NotDurable("the disk is full")
+
+    def no_rename(self: Path, target: Path) -> Path:
+        if ".restored." in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    rename = Path.rename
+    with pytest.raises(NotDurable, match="disk is full"):
+        restore.restore(tmp_path / "backup", settings_of(lived), ada, full, replace=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", no_rename)
+        with pytest.raises(NotDurable, match="it is as it was"):
+            restored(tmp_path / "backup", lived, replace=True)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    stores = stores_in(lived)
+    stores.ingest()
+    assert stores.archive.state("of ben")["ben", "rating"].event_id == "late"
+    stores.close()
+
+
 def test_where_a_backup_may_not_go_and_a_registry_that_is_not_copied(lived: Path, tmp_path: Path) -> None:
     stores = stores_in(lived)
     with pytest.raises(InvalidInput, match="not empty"):
