@@ -267,7 +267,7 @@ def parse(value: bytes) -> Event | None:
 
 
 def prune(path: Path, archived: int, before_ms: int, only_sent: bool) -> int:
-    """Delete rows below offset `archived` that are older than `before_ms`, with `only_sent` none that wait for Kafka. How many.
+    """Delete rows below offset `archived` that are older than `before_ms`, with `only_sent` none that Kafka does not have. How many.
 
     May be called beside the process that writes the partition. Nothing of the rows is left in the file (`secure_delete`) and, unless
     somebody reads it at this moment, in its write-ahead log."""
@@ -280,7 +280,7 @@ def prune(path: Path, archived: int, before_ms: int, only_sent: bool) -> int:
                 if event is not None and stamp_ms(event.stamp) >= before_ms:
                     break
                 cut = offset
-            old = "SELECT offset FROM events WHERE offset <= ? AND (sent != 0 OR ?) ORDER BY offset LIMIT ?"
+            old = "SELECT offset FROM events WHERE offset <= ? AND (sent = 1 OR ?) ORDER BY offset LIMIT ?"
             # In small transactions, so that the writer never waits long for its lock.
             while some := db.execute(f"DELETE FROM events WHERE offset IN ({old})", (cut, not only_sent, PRUNED_AT_ONCE)).rowcount:
                 deleted += some
