@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Connection, Engine, Integer, MetaData, String, Table, insert, select, update
+from sqlalchemy import BigInteger, Column, Connection, Engine, Integer, MetaData, String, Table, insert, select, true, update
 
 from feedback.clock import wall_ms
 from feedback.database import create_tables, ensure_row, transaction
@@ -83,19 +83,23 @@ def read(engine: Engine) -> Iterator[dict[str, Any]]:
 
 def verify(engine: Engine) -> tuple[Head, Fault | None]:
     """Walk the whole chain: its head as computed, and the first row that is not what was written."""
-    before, number = EMPTY, 0
+    before, number, stored = EMPTY, 0, (0, EMPTY)
+    # One statement, so that head and rows are of one moment while other processes append.
+    both = select(head.c.rows.label("head_rows"), head.c.digest.label("head_digest"), rows).outerjoin_from(head, rows, true())
     with transaction(engine) as db:
-        stored = db.execute(select(head.c.rows, head.c.digest)).one()
-        for row in db.execute(select(rows).order_by(rows.c.id)):
+        for row in db.execute(both.order_by(rows.c.id)):
             values = dict(row._mapping)
+            stored = values.pop("head_rows"), values.pop("head_digest")
             digest = values.pop("digest")
+            if values["id"] is None:
+                break  # there is no row yet
             if values["id"] != number + 1:
                 return Head(number, before), Fault(number + 1, f"it is missing: the next row is {values['id']}")
             if digest != _digest(before, values):
                 return Head(number, before), Fault(number + 1, "its digest does not fit its content and the row before it")
             number, before = number + 1, digest
-    if (stored.rows, stored.digest) != (number, before):
-        return Head(number, before), Fault(number + 1, f"the head counts {stored.rows} rows, ending in {stored.digest[:16]}")
+    if stored != (number, before):
+        return Head(number, before), Fault(number + 1, f"the head counts {stored[0]} rows, ending in {stored[1][:16]}")
     return Head(number, before), None
 
 

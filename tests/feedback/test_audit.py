@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, delete, insert, select, text
+from sqlalchemy import Engine, delete, event, insert, select, text, update
 
 from feedback import audit
 from feedback.database import open_database, transaction
@@ -74,3 +75,38 @@ def test_every_row_that_is_cut_out_is_missed(fault_after: FaultAfter, row: int) 
 def test_two_rows_that_changed_places_are_found(fault_after: FaultAfter) -> None:
     fault = fault_after(*(f"UPDATE audit SET id = {after} WHERE id = {before}" for before, after in ((4, 99), (7, 4), (99, 7))))
     assert fault is not None and fault.row == 4
+
+
+def test_a_row_that_comes_while_the_chain_is_walked_is_no_fault(database: Engine) -> None:
+    with database.connect() as db:
+        kept = [dict(row._mapping) for row in db.execute(select(audit.head))]
+
+    other = open_database(str(database.url))
+
+    def append(*_: object) -> None:  # before every statement of `verify`, as another process may
+        with transaction(other) as db:
+            audit.record(db, "mara", "key.created", "late", "because")
+
+    event.listen(database, "before_cursor_execute", append)
+
+    event.listen(database, "before_cursor_execute", append)
+    try:
+        assert audit.verify(database)[1] is None
+    finally:
+        event.remove(database, "before_cursor_execute", append)
+        other.dispose()
+        with transaction(database) as db:
+            db.execute(delete(audit.rows).where(audit.rows.c.subject == "late"))
+            db.execute(update(audit.head).values(kept[0]))
+
+
+def test_rows_behind_the_head_and_an_empty_chain_are_told_apart(tmp_path: Path) -> None:
+    engine = open_database(f"sqlite:///{tmp_path / 'registry.sqlite'}")
+    audit.open_audit(engine)
+    assert audit.verify(engine) == (audit.Head(0, audit.EMPTY), None)
+    with transaction(engine) as db:
+        audit.record(db, "mara", "key.created", "k", "because")
+        db.execute(update(audit.head).values(rows=0, digest=audit.EMPTY))
+    fault = audit.verify(engine)[1]
+    assert fault is not None and fault.row == 2
+    engine.dispose()
