@@ -116,11 +116,17 @@ class Standings:
         """Raises Gone where the person was erased after the answer began. Whether they have withdrawn their consent."""
         events = self._logs.about(claims.subject)
         erased = max([self._archive.erased(claims.subject), *(event.stamp for event in events if isinstance(event, SubjectErased))])
-        if erased and stamp_ms(erased) >= self._asked_ms(claims):
+        if erased and stamp_ms(erased) >= self._asked_ms(claims) and not self._began_after(erased, claims):
             self._subjects.forget(claims.subject)
             raise Gone("This answer was erased with everything else about the person; it can no longer be rated.")
         here = any(isinstance(event, ConsentWithdrawn) and event.stamp > erased for event in events)
         return here or claims.subject in self._archive.withdrawn()
+
+    def _began_after(self, erased: int, claims: Claims) -> bool:
+        """Whether the record says so. Stamps run ahead of the time in ids once the clock was set back, or a client sent a `version`
+        from ahead; only where the two disagree is this looked up."""
+        about = (event for each in claims.interactions for event in self._about(each))
+        return any(isinstance(event, InteractionStarted) and event.stamp > erased for event in about)
 
     def _asked_ms(self, claims: Claims) -> int:
         """When the answer began: to the millisecond by its id, a UUIDv7, else to the second by the token."""

@@ -13,6 +13,7 @@ from serving_world import MODEL, World, eventually, serve
 
 from deploy.engine import Scripted
 from feedback import audit
+from feedback.clock import COUNTER_BITS, wall_ms
 from feedback.errors import Gone
 from feedback.events import FinishedText, StartedText
 from serving.who import COOKIE
@@ -121,6 +122,19 @@ def test_what_a_person_says_after_withdrawing_is_kept_and_not_counted(world: Wor
     assert asked(world, WITHDRAW, token).json() == {"withdrawn": True, "snapshots": [], "reward_models": [], "adapters": {}}
     assert world.state(token).json()["became"] == "not_counted"
     assert world.feedback(token, {"kind": "rating", "value": "down"}).json()["state"]["rating"] == "down"
+
+
+def test_who_returns_while_the_stamps_run_ahead_of_the_clock_may_rate(world: World) -> None:
+    ahead = (wall_ms() + 50 * 60_000) << COUNTER_BITS  # as somebody's `version` may say, or after the clock was set back
+    assert world.feedback(token_of(world.chat("hi", user="gil")), UP | {"version": ahead}).status_code == 200
+    old = token_of(world.chat("hi", user="hal"))
+    assert asked(world, ERASE, old).status_code == 200
+    for compare in (False, True):
+        reply = world.chat("back", user="hal", compare=compare)
+        said = {"kind": "choice", "value": "a"} if compare else UP
+        assert world.feedback(token_of(reply), said).status_code == 200
+    assert [world.feedback(old, UP).status_code, asked(world, ERASE, old).status_code] == [410, 410]
+    assert asked(world, ERASE, token_of(world.chat("back", user="hal"))).status_code == 200
 
 
 def test_an_answer_in_flight_leaves_nothing_under_the_new_key(tmp_path: Path) -> None:
