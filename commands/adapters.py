@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from commands.settings import ConfigPath, KeyOption, opened, operator
+from commands.settings import ConfigPath, KeyOption, ReasonOption, opened, operator
 from commands.terminal import console, say
 from deploy import rollout
 
@@ -48,14 +47,14 @@ def promote(adapter: str, key: KeyOption, config_path: ConfigPath = None) -> Non
 
 
 @app.command("rollback")
-def rollback(key: KeyOption, reason: Annotated[str, typer.Option(help="Goes into the audit.")], config_path: ConfigPath = None) -> None:
+def rollback(key: KeyOption, reason: ReasonOption, config_path: ConfigPath = None) -> None:
     """`previous` answers again."""
     with opened(config_path, "operator") as (_, stores, registry):
         say(f"{registry.rollback(operator(stores, key, 'adapters:promote').owner, reason)[:16]} is stable again")
 
 
 @app.command("stop")
-def stop_rollout(key: KeyOption, reason: Annotated[str, typer.Option(help="Goes into the audit.")], config_path: ConfigPath = None) -> None:
+def stop_rollout(key: KeyOption, reason: ReasonOption, config_path: ConfigPath = None) -> None:
     """End the running rollout; stable answers everybody."""
     with opened(config_path, "operator") as (_, stores, registry):
         say(rollout.stop(registry, reason, stores.api_keys.check(key)).reason)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from commands.settings import ConfigPath, JsonOption, KeyOption, opened, operator
+from commands.settings import ConfigPath, JsonOption, KeyOption, ReasonOption, opened, operator
 from commands.terminal import console, say
 from feedback.clock import wall_ms
 from feedback.keys import SCOPES
@@ -57,9 +57,7 @@ def list_keys(
 
 
 @app.command("disable")
-def disable_key(
-    key_id: str, reason: Annotated[str, typer.Option(help="Goes into the audit.")], key: KeyOption = "", config_path: ConfigPath = None
-) -> None:
+def disable_key(key_id: str, reason: ReasonOption, key: KeyOption = "", config_path: ConfigPath = None) -> None:
     """The key is refused from now on."""
     with opened(config_path, "operator") as (_, stores, _registry):
         stores.api_keys.disable(key_id, by=operator(stores, key, "keys").owner, reason=reason)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from commands.feedback import app
-from commands.settings import ConfigPath, KeyOption, opened, operator
+from commands.settings import ConfigPath, KeyOption, ReasonOption, opened, operator
 from commands.terminal import complain, say
 from deploy import lineage
 from deploy.lineage import Affected
@@ -17,9 +17,7 @@ Subject = Annotated[str, typer.Argument(help="The id that the application uses, 
 
 
 @app.command("erase")
-def erase_person(
-    subject: Subject, key: KeyOption, reason: Annotated[str, typer.Option(help="Goes into the audit.")], config_path: ConfigPath = None
-) -> None:
+def erase_person(subject: Subject, key: KeyOption, reason: ReasonOption, config_path: ConfigPath = None) -> None:
     """Erase everything of a person and act on the adapters that learned from them (erasure.policy). Repeat it where it broke off."""
     with opened(config_path, "operator") as (settings, stores, registry):
         by = operator(stores, key, "erase").owner
@@ -38,7 +36,7 @@ def erase_person(
 def withdraw_person(
     subject: Subject,
     key: KeyOption,
-    reason: Annotated[str, typer.Option(help="Goes into the audit.")] = "asked for",
+    reason: ReasonOption = "asked for",
     config_path: ConfigPath = None,
 ) -> None:
     """Nothing of a person trains from now on; it stays recorded."""

@@ -15,7 +15,7 @@ from deploy.config import EngineSettings, ErasureSettings, GateSettings, PolicyS
 from deploy.manifest import base_config
 from deploy.registry import Registry
 from examples import NAMES, load
-from feedback import config
+from feedback import audit, config
 from feedback.errors import InvalidInput, NotAuthenticated
 from feedback.keys import ApiKey, Scope
 from feedback.stores import Stores, open_stores
@@ -41,7 +41,7 @@ class Settings(config.Settings):
 
 ConfigPath = Annotated[Path | None, typer.Option("--config", "-c", help="Settings; default plaudit.toml where it exists.")]
 KeyOption = Annotated[str, typer.Option("--key", envvar="PLAUDIT_KEY", help="An API key with the scope that is needed.")]
-
+ReasonOption = Annotated[str, typer.Option("--reason", help="Goes into the audit.", callback=audit.reason)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 
 

@@ -18,6 +18,7 @@ from sqlalchemy import BigInteger, Column, Connection, Engine, Integer, MetaData
 
 from feedback.clock import wall_ms
 from feedback.database import create_tables, ensure_row, transaction
+from feedback.errors import InvalidInput
 
 metadata = MetaData()
 rows = Table(
@@ -38,6 +39,7 @@ head = Table(
     Column("rows", Integer, nullable=False),
     Column("digest", String(64), nullable=False),
 )
+MAX_REASON_CHARS = 500
 EMPTY = "0" * 64
 """The digest before the first row."""
 
@@ -62,6 +64,14 @@ def open_audit(engine: Engine) -> None:
     """Create what is missing."""
     create_tables(engine, metadata)
     ensure_row(engine, head, "id", {"id": 1, "rows": 0, "digest": EMPTY})
+
+
+def reason(text: str) -> str:
+    """A reason as an operator gives it. Raises InvalidInput where it is not one line of text, which terminals print as it is."""
+    if not 1 <= len(text.strip()) <= MAX_REASON_CHARS or not text.isprintable():
+        told = f"has {len(text.strip())} characters" if text.isprintable() else "holds line breaks or characters that cannot be printed"
+        raise InvalidInput(f"reason: {told}; it goes into the audit as one line of 1 to {MAX_REASON_CHARS} characters", field="reason")
+    return text.strip()
 
 
 def record(db: Connection, actor: str, action: str, subject: str, reason: str) -> None:

@@ -44,6 +44,8 @@ ALPHABET = string.ascii_letters + string.digits
 PATTERN = re.compile(r"pl_([A-Za-z0-9]{12})_([A-Za-z0-9]{32})")
 ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]+)?|https?://\[[0-9a-f:]+\](:[0-9]+)?")
 """As browsers write it: lower case, no path."""
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+"""Browsers leave them out."""
 ON_THIS_MACHINE = "this machine"
 """The actor of what nobody's key stands behind: whoever runs a process on the data folder."""
 CACHE_S = 2.0
@@ -106,7 +108,7 @@ class ApiKeys:
 
         `by` is who makes it, for the audit. Raises InvalidInput.
         """
-        owner = owner.strip()
+        owner, scopes = owner.strip(), tuple(dict.fromkeys(scopes))
         _check(owner, scopes, origins)
         key_id = "".join(secrets.choice(ALPHABET) for _ in range(12))
         secret = f"pl_{key_id}_" + "".join(secrets.choice(ALPHABET) for _ in range(32))
@@ -132,6 +134,8 @@ class ApiKeys:
 
     def disable(self, key_id: str, *, by: str = ON_THIS_MACHINE, reason: str = "disabled") -> None:
         """Refused from now on; elsewhere within CACHE_S. Raises NotFound, and Conflict where it is disabled already."""
+        if not key_id.isprintable():
+            raise NotFound("an API key's id has letters and digits only; `plaudit keys list` shows them", field="id")
         enabled = update(api_keys).where(api_keys.c.id == key_id, api_keys.c.disabled.is_(False))
         with transaction(self._engine) as db:
             if db.execute(enabled.values(disabled=True)).rowcount == 0:
@@ -178,9 +182,12 @@ def _check(owner: str, scopes: Sequence[str], origins: Sequence[str]) -> None:
         raise InvalidInput(f"scopes {', '.join(unknown) or '(none)'} are not known; there are {', '.join(SCOPES)}", field="scopes")
     if not 1 <= len(owner) <= MAX_OWNER_CHARS:
         raise InvalidInput(f"owner has {len(owner)} characters, it may have 1 to {MAX_OWNER_CHARS}", field="owner")
+    if not owner.isprintable():
+        raise InvalidInput("owner holds line breaks or characters that cannot be printed; give a name in one line", field="owner")
     for origin in origins:
-        if not ORIGIN.fullmatch(origin):
-            raise InvalidInput(f"origins: '{origin[:200]}' is no web origin; write it like https://app.example", field="origins")
+        if not ORIGIN.fullmatch(origin) or origin.endswith(DEFAULT_PORTS[origin.partition(":")[0]]):
+            told = "is no web origin as browsers write it: lower case, no path, no default port"
+            raise InvalidInput(f"origins: '{origin[:200]}' {told}; write it like https://app.example", field="origins")
 
 
 def _digest(secret: str) -> str:

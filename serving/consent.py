@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from deploy import lineage
 from deploy.lineage import Affected
 from deploy.registry import Registry
-from feedback import erasure
+from feedback import audit, erasure
 from feedback.errors import Gone, InvalidInput, NotAllowed
 from serving.access import caller_of
 from serving.chat import Gateway
@@ -33,7 +33,7 @@ class Wish(Strict):
 
     subject: str | None = Field(default=None, min_length=1, max_length=200)
     """With an API key: whose data, by the id that the application uses or by pseudonym."""
-    reason: str = Field(default="asked for", min_length=1, max_length=500)
+    reason: str = Field(default="asked for", min_length=1, max_length=audit.MAX_REASON_CHARS)
     """With an API key: goes into the audit."""
 
 
@@ -92,9 +92,12 @@ def _asker(request: Request, gateway: Gateway, wish: Wish) -> Asker:
     if caller.key is not None:
         if wish.subject is None:
             raise InvalidInput("subject: is missing; with an API key it says whose data it is about.", field="subject")
+        audit.reason(wish.reason)
         return Asker(erasure.named(gateway.stores, wish.subject), caller.key.owner)
     if wish.subject is not None:
         raise NotAllowed("subject: a token or a session speaks for its own person only; leave it out.", field="subject")
+    if "reason" in wish.model_fields_set:  # the audit is never erased
+        raise NotAllowed("reason: nothing that a person writes goes into the audit; leave it out.", field="reason")
     if caller.claims is not None:
         gateway.standings.of(caller.claims)
         subject = caller.claims.subject

@@ -92,6 +92,8 @@ def test_nobody_speaks_for_somebody_else(world: World) -> None:
         named = {"subject": "cleo"}
         headers = {"Authorization": f"Feedback {token}"}
         assert world.http.post(path, json=named, headers=headers).json()["error"]["param"] == "subject"
+        own = world.http.post(path, json={"reason": "I, Cleo, ..."}, headers=headers)  # would stay in the audit for ever
+        assert (own.status_code, own.json()["error"]["param"]) == (403, "reason")
         assert world.http.post(path, json=named).status_code == 401
         assert world.http.post(path).status_code == 401
         assert world.http.post(path, json=named, headers=key(world, "chat", "feedback", "dataset")).status_code == 403
@@ -108,6 +110,9 @@ def test_an_application_names_somebody(world: World) -> None:
     assert world.http.post(ERASE, json={}, headers=desk).json()["error"]["param"] == "subject"
     assert world.http.post(ERASE, json={"subject": "nobody at all"}, headers=desk).status_code == 404
     assert world.http.post(ERASE, json={"who": "dora"}, headers=desk).status_code == 400
+    for reason in ("two\nlines", "\x1b[31mred", " ", "x" * 501):
+        refused = world.http.post(ERASE, json={"subject": "dora", "reason": reason}, headers=desk)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "reason"), reason
     for _ in range(2):  # again is no error
         assert world.http.post(ERASE, json={"subject": "dora", "reason": "ticket 7"}, headers=desk).status_code == 200
     assert world.feedback(token, UP).status_code == 410

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 import plaudit
 from feedback import audit
 from feedback.config import FeedbackSettings, Settings
-from feedback.errors import Conflict, InvalidInput, NotAllowed, NotAuthenticated
+from feedback.errors import Conflict, InvalidInput, NotAllowed, NotAuthenticated, PlauditError
 from feedback.keys import SCOPES
 from feedback.stores import Stores, open_stores
 
@@ -63,7 +63,17 @@ def test_before_the_first_start_there_is_no_key_to_use(run: Run, stores: Stores)
 def test_keys_are_made_listed_and_disabled_by_who_may(run: Run, stores: Stores) -> None:
     _, admin = stores.api_keys.create("Ada", ("keys",), by="first start")
     made = run(
-        "keys", "create", "--owner", "app", "--scopes", "chat, feedback", "--expires-days", "7", "--origins", "https://a.example", key=admin
+        "keys",
+        "create",
+        "--owner",
+        "app",
+        "--scopes",
+        "chat, feedback, chat",
+        "--expires-days",
+        "7",
+        "--origins",
+        "https://a.example",
+        key=admin,
     )
     key = stores.api_keys.check(secret_in(made.output))
     assert (key.owner, key.scopes, key.origins) == ("app", ("chat", "feedback"), ("https://a.example",))
@@ -81,6 +91,27 @@ def test_keys_are_made_listed_and_disabled_by_who_may(run: Run, stores: Stores) 
     assert isinstance(run("keys", "create", "--owner", "x", "--scopes", "root", key=admin).exception, InvalidInput)
     assert run("keys", "create", "--owner", "x", "--scopes", "chat", "--expires-days", "0", key=admin).exit_code == 2
     assert actions(stores) == [("first start", "key.created"), ("Ada", "key.created"), ("Ada", "key.disabled")]
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        (("keys", "create", "--owner", "a\udcffb", "--scopes", "chat"), "owner"),  # a byte of the command line that is no UTF-8
+        (("keys", "create", "--owner", "a\x1b[31m", "--scopes", "chat"), "owner"),
+        (("keys", "create", "--owner", "a", "--scopes", "chat", "--origins", "https://app.example:443"), "origins"),
+        (("keys", "disable", "a\udcffb", "--reason", "x"), "id"),
+        (("keys", "disable", "nobody", "--reason", "a\udcffb"), "reason"),
+        (("keys", "disable", "nobody", "--reason", " "), "reason"),
+        (("feedback", "erase", "anna", "--reason", "x" * 501), "reason"),
+        (("adapters", "rollback", "--reason", "two\nlines"), "reason"),
+    ],
+)
+def test_what_cannot_stand_in_one_line_is_refused_by_name(run: Run, stores: Stores, words: tuple[str, ...], field: str) -> None:
+    _, admin = stores.api_keys.create("Ada", SCOPES, by="first start")
+    refused = run(*words, key=admin).exception
+    assert isinstance(refused, PlauditError) and refused.field == field
+    assert field in refused.message or field == "id"
+    assert actions(stores) == [("first start", "key.created")]
 
 
 def test_rotation_is_recorded_and_followed(run: Run, stores: Stores) -> None:
