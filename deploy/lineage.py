@@ -18,7 +18,7 @@ from deploy.manifest import MANIFEST, read_manifest, vllm_name
 from deploy.records import AdapterRecord
 from deploy.registry import Registry
 from feedback import erasure, snapshot
-from feedback.errors import PlauditError
+from feedback.errors import NotDurable, PlauditError
 from feedback.events import Model
 from feedback.stores import Stores
 
@@ -145,16 +145,20 @@ def forget_cycles(data_dir: Path, snapshots: Iterable[str]) -> None:
             forget(folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
+            forget(folder)  # what could not be deleted is an error here
     begun = data_dir / "cycles" / "begun.json"
-    if begun.exists() and json.loads(begun.read_text())["snapshot"] in digests:
+    if begun.exists() and _named(begun, "snapshot") in digests:
         begun.unlink(missing_ok=True)
 
 
 def forget(folder: Path) -> None:
-    """Delete a cycle's private files."""
+    """Delete a cycle's private files. Raises NotDurable where one stays."""
     for pattern in PRIVATE:
         for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as exc:
+                raise NotDurable(f"{path} could not be deleted: {exc.strerror}; say it again", retry_after_s=2) from exc
 
 
 def _holding(folder: Path, subject: str) -> set[str]:
@@ -167,10 +171,18 @@ def _holding(folder: Path, subject: str) -> set[str]:
 
 def _cycles(data_dir: Path, snapshots: set[str]) -> list[Path]:
     """Folders of the cycles about these snapshots."""
-    jobs = (data_dir / "cycles").glob("*/job.json")
-    return [path.parent for path in jobs if json.loads(path.read_text()).get("snapshot") in snapshots]
+    return [path.parent for path in (data_dir / "cycles").glob("*/job.json") if _named(path, "snapshot") in snapshots]
 
 
 def _reward_model(folder: Path) -> set[str]:
     path = folder / "reward.json"
-    return {str(json.loads(path.read_text())["id"])} if path.exists() else set()
+    return {_named(path, "id")} if path.exists() else set()
+
+
+def _named(path: Path, field: str) -> str:
+    """A field of a cycle's file. Raises NotDurable where it cannot be read: then nobody knows what learned from whom."""
+    try:
+        return str(json.loads(path.read_text())[field])
+    except (OSError, ValueError, TypeError, KeyError) as exc:
+        told = f"{path} cannot be read ({exc!r}), so it is not known whom this cycle learned from"
+        raise NotDurable(f"{told}; put the file right or delete the cycle's folder, and erase again", field=field) from exc

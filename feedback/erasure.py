@@ -294,8 +294,11 @@ def _scrub_file(path: Path) -> None:
 def _alone(data_dir: Path) -> Iterator[None]:
     """One erasure at a time on a data folder; the kernel frees the lock of a process that dies."""
     folder = data_dir / "erasures"
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as exc:
+        raise NotDurable(f"the folder {folder} cannot be used: {exc.strerror}; erase again", retry_after_s=2) from exc
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -318,5 +321,8 @@ def _marked(data_dir: Path, subject: str, kind: str = "") -> int:
 def _mark(data_dir: Path, subject: str, stamp: int, kind: str) -> None:
     # Not fsynced: a mark that is lost only makes the erasure be finished once more.
     temporary = _mark_of(data_dir, subject, ".tmp")
-    temporary.write_text(str(stamp))
-    temporary.replace(_mark_of(data_dir, subject, kind))
+    try:
+        temporary.write_text(str(stamp))
+        temporary.replace(_mark_of(data_dir, subject, kind))
+    except OSError as exc:
+        raise NotDurable(f"{temporary.parent} could not be written: {exc.strerror}; erase again", retry_after_s=2) from exc

@@ -125,8 +125,11 @@ def _gone(subject: str, rater: str, stamp: int, erased: Mapping[str, int]) -> se
 @contextlib.contextmanager
 def locked(out_dir: Path) -> Iterator[None]:
     """Nobody else writes or redacts a snapshot in this folder meanwhile; the kernel frees the lock of a process that dies."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out_dir, os.O_RDONLY)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out_dir, os.O_RDONLY)
+    except OSError as exc:
+        raise NotDurable(f"the folder {out_dir} cannot be used: {exc.strerror}", retry_after_s=2) from exc
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -138,12 +141,15 @@ def all_in(out_dir: Path) -> list[Path]:
     """Every snapshot there, after what killed processes left is put right: a redaction that broke off is undone, the rest goes.
 
     Hold `locked`."""
-    for left in out_dir.glob(".*"):
+    for left in out_dir.glob(".*/"):
         digest = left.name.split(".")[1]
-        if left.suffix == ".old" and not (out_dir / digest).exists():
-            left.rename(out_dir / digest)
-        else:
-            shutil.rmtree(left)
+        try:
+            if left.suffix == ".old" and not (out_dir / digest).exists():
+                left.rename(out_dir / digest)
+            else:
+                shutil.rmtree(left)
+        except OSError as exc:
+            raise NotDurable(f"{left}, which a killed process left, cannot be put right: {exc.strerror}", retry_after_s=2) from exc
     return sorted(path for path in out_dir.iterdir() if (path / HEAD_FILE).exists())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from deploy.config import ErasureSettings, RolloutSettings
 from deploy.manifest import ManifestFields, base_digests, write_adapter
 from deploy.votes import votes
 from feedback import audit, erasure, snapshot
-from feedback.errors import PromotionRefused
+from feedback.errors import NotDurable, PromotionRefused
 from feedback.events import Event, FeedbackGiven, FinishedText, InteractionFinished, InteractionStarted, StartedText
 
 MakeAdapter = Callable[[Path, Path, int], tuple[str, Path]]
@@ -207,6 +209,31 @@ def test_what_cycles_keep_of_somebody_goes_and_an_unfinished_one_starts_anew(wor
     kept = {"job.json", "reward.json", "adapter.json"}
     private = {"labels.safetensors", "base.safetensors", "ppo.pt", "labels.tmp"}
     assert left == {f"cycle-1/{name}" for name in kept} | {f"cycle-3/{name}" for name in kept | private}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"snapshot"', "{}"])
+def test_a_cycle_that_cannot_be_read_stops_the_erasure_by_name_until_it_is_gone(world: World, text: str) -> None:
+    digest = world.rated("anna")
+    world.learned(digest, 1, register=False)
+    job = world.folder / "cycles" / "cycle-1" / "job.json"
+    job.write_text(text)
+    with pytest.raises(NotDurable, match=re.escape(str(job))):
+        world.erase("anna")
+    shutil.rmtree(job.parent)
+    assert world.erase("anna").affected.snapshots == (digest,)
+
+
+def test_a_private_file_that_stays_stops_the_erasure(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.learned(world.rated("anna"), 1, register=False)
+    folder = world.folder / "cycles" / "cycle-1"
+    (folder / "adapter.json").unlink()
+    (folder / "ppo.pt").mkdir()  # no file, so it cannot be unlinked, as on a disk that is read-only
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(NotDurable, match=r"ppo\.pt could not be deleted"):
+        world.erase("anna")
+    monkeypatch.undo()
+    world.erase("anna")
+    assert not folder.exists()
 
 
 def test_an_erasure_that_came_from_elsewhere_is_acted_on_as_well(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from feedback_world import answered, rating, stores_in
 
 from feedback import audit, erasure, snapshot
-from feedback.errors import Gone, NotFound
+from feedback.errors import Gone, NotDurable, NotFound
 from feedback.events import FeedbackGiven, FeedbackText, InteractionFinished, SubjectErased
 from feedback.stores import Stores
 from feedback.subjects import Subjects
@@ -197,6 +197,25 @@ def test_what_a_killed_writer_of_snapshots_left_is_put_right(tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "snapshots").iterdir()] == [made.name]
     assert [row.rater for row in snapshot.load(made).rows] == ["ben"]
     stores.close()
+
+
+@pytest.mark.parametrize("broken", ["erasures", "mark", "snapshots"])
+def test_a_folder_that_takes_no_file_is_one_clear_error_and_the_next_call_finishes(tmp_path: Path, broken: str) -> None:
+    stores = two_people(tmp_path)
+    place = erasure._mark_of(tmp_path, "anna", ".tmp") if broken == "mark" else tmp_path / broken
+    if broken == "snapshots":
+        shutil.move(place, tmp_path / "moved")
+    place.mkdir(parents=True) if broken == "mark" else place.write_text("a file in its place")  # root writes to read-only folders
+    with pytest.raises(NotDurable, match=place.name if broken != "mark" else "erasures") as error:
+        erasure.erase(stores, "anna", "operator", "asked")
+    assert error.value.retry_after_s and "[Errno" not in error.value.message
+    place.rmdir() if broken == "mark" else place.unlink()
+    if broken == "snapshots":
+        shutil.move(tmp_path / "moved", place)
+        (place / ".DS_Store").write_text("no folder")  # what other programs put there is left alone
+    erasure.erase(stores, "anna", "operator", "asked")
+    (tmp_path / "snapshots" / ".DS_Store").unlink(missing_ok=True)
+    assert left_of_anna(tmp_path) == []
 
 
 def test_people_are_named_by_their_id_or_pseudonym(tmp_path: Path) -> None:
