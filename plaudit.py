@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from commands import adapters, audit, backup, feedback, keys, people  # noqa: F401  (people adds its verbs to feedback)
+from commands import adapters, audit, backup, feedback, kafka, keys, people  # noqa: F401  (people adds its verbs to feedback)
 from commands.settings import ConfigPath, Settings, opened, policy_folder, settings_from
 from commands.terminal import Steps, complain, console, say
 from deploy import lineage
@@ -24,9 +24,11 @@ from feedback.stores import Stores
 from serving.config import GatewaySettings
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
-for name, group in (("adapters", adapters), ("audit", audit), ("feedback", feedback), ("keys", keys)):
+for name, group in (("adapters", adapters), ("audit", audit), ("feedback", feedback), ("kafka", kafka), ("keys", keys)):
     app.add_typer(group.app, name=name)
 app.add_typer(backup.app)
+app.command()(kafka.relay)
+app.command()(kafka.archive)
 
 
 @app.command()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 import aiohttp
 import structlog
 
+from deploy import process
 from deploy.config import EngineSettings
 from deploy.engine import Engine
 from deploy.manifest import base_config, verify, vllm_name
@@ -101,7 +101,7 @@ class VllmServer:
         base_config(self.policy)
         self.folder.mkdir(parents=True, exist_ok=True)
         await self.stop()
-        await _end_left_over(self.folder / "vllm.pid")
+        await asyncio.to_thread(process.end_left_over, self.folder / "vllm.pid", "model server")
         self._check_port()
         if self.log_path.exists():
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
@@ -116,7 +116,7 @@ class VllmServer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        (self.folder / "vllm.pid").write_text(json.dumps([self._process.pid, _started_at(self._process.pid)]))
+        process.remember(self.folder / "vllm.pid", self._process.pid)
         try:
             await self._until_it_answers(on_progress or (lambda what, share: None))
         except BaseException:
@@ -129,19 +129,19 @@ class VllmServer:
 
     async def stop(self, grace_s: float | None = None) -> None:
         """End the whole group: answers may go on for `shutdown_timeout_s`, then it is killed."""
-        process, self._process = self._process, None
-        if process is None:
+        server, self._process = self._process, None
+        if server is None:
             return
         grace_s = self.settings.shutdown_timeout_s + 5 if grace_s is None else grace_s
-        if process.poll() is None and grace_s > 0:
-            process.terminate()
+        if server.poll() is None and grace_s > 0:
+            server.terminate()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(grace_s):
-                    while process.poll() is None:
+                    while server.poll() is None:
                         await asyncio.sleep(0.05)
         # Also after its own end: kill -9 of the server leaves its engine and worker behind, which hold the memory.
-        _signal_group(process.pid, signal.SIGKILL)
-        await asyncio.to_thread(process.wait)
+        process.signal_group(server.pid, signal.SIGKILL)
+        await asyncio.to_thread(server.wait)
         (self.folder / "vllm.pid").unlink(missing_ok=True)
 
     def command(self) -> list[str]:
@@ -237,36 +237,6 @@ class VllmServer:
 
 def _phase(said: str) -> tuple[str, float] | None:
     return next(((what, share) for pattern, what, share in PHASES if re.search(pattern, said)), None)
-
-
-def _started_at(pid: int) -> str:
-    """When a process began, in the kernel's ticks: with the pid it names one process for as long as the machine runs."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
-
-
-def _signal_group(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, number)
-
-
-async def _end_left_over(pid_file: Path) -> None:
-    """A Plaudit that was killed leaves its server behind, which would hold port and memory; end it, if it is still that one."""
-    try:
-        pid, started = json.loads(pid_file.read_text())
-    except (OSError, ValueError):
-        return
-    if started and _started_at(pid) == started:
-        log.warning("ending the model server of a run that was killed", pid=pid)
-        _signal_group(pid, signal.SIGTERM)
-        for _ in range(100):
-            if _started_at(pid) != started:
-                break
-            await asyncio.sleep(0.1)
-        _signal_group(pid, signal.SIGKILL)
-    pid_file.unlink(missing_ok=True)
 
 
 class ReplicaAgent:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from deploy import broker
 from deploy.config import EngineSettings
 from deploy.manifest import CONFIG, WEIGHTS, ManifestFields, base_digests, identity_adapter, write_adapter
 from deploy.replica import VllmServer
@@ -72,3 +75,25 @@ def vllm_concierge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmSer
         yield server
     finally:
         asyncio.run(server.stop())
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[broker.Broker]:
+    """One real Kafka for the whole run. Who stops it starts it again."""
+    if (lacking := broker.missing()) is not None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"no Kafka under CI=true: {lacking}")
+        pytest.skip(f"no Kafka here: {lacking}")
+    node = broker.Broker(tmp_path_factory.mktemp("kafka"))
+    node.start()
+    try:
+        yield node
+    finally:
+        node.stop()
+
+
+@pytest.fixture
+def sockets_collected() -> Iterator[None]:
+    """Kafka's client leaves some sockets to the garbage collector, which must not be blamed on a later test."""
+    yield
+    gc.collect()
