@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 from pydantic import ValidationError
 
 from feedback.clock import COUNTER_BITS, wall_ms
@@ -34,6 +35,8 @@ from feedback.events import (
     partition_key,
 )
 from feedback.log import EventReader, Position, Record
+
+log = structlog.get_logger(__name__)
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
@@ -65,9 +68,10 @@ CREATE TABLE IF NOT EXISTS said (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS farewells (subject TEXT NOT NULL, kind TEXT NOT NULL, stamp INTEGER NOT NULL, PRIMARY KEY (subject, kind));
 CREATE TABLE IF NOT EXISTS positions (partition TEXT PRIMARY KEY, next INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS owners (partition TEXT PRIMARY KEY, epoch INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS poison (partition TEXT NOT NULL, offset INTEGER NOT NULL, value BLOB NOT NULL, PRIMARY KEY (partition, offset));
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
-INSERT OR IGNORE INTO facts VALUES ('epoch', 0), ('as_of', 0);
+INSERT OR IGNORE INTO facts VALUES ('as_of', 0);
 """
 BATCH = 1_000
 
@@ -118,11 +122,11 @@ class Archive:
         with self._lock:
             self._db.close()
 
-    def ingest(self, log: EventReader, epoch: int | None = None) -> int:
+    def ingest(self, log: EventReader, owned: Mapping[str, int] | None = None) -> int:
         """Read the log to its end; how many events were new.
 
         Readers that meet on one archive do not double anything: a batch counts only if nobody has moved the positions since they
-        were read. With `epoch` (from `claim`) a reader that was replaced is refused with Conflict.
+        were read. With `owned` (from `claim`) a reader that was replaced is refused with Conflict.
         """
         new = 0
         while True:
@@ -130,13 +134,21 @@ class Archive:
             records = log.read(position, BATCH)
             if not records:
                 return new
-            new += self._store(records, position, epoch)
+            try:
+                new += self.store(records, position, owned)
+            except Conflict:
+                if owned is not None:
+                    raise
+                # Without `owned` it says that another reader stored this batch; go on from where it got to.
 
-    def claim(self) -> int:
-        """Become the reader of this archive; the one before it is refused from now on."""
+    def claim(self, partitions: Iterable[str]) -> dict[str, int]:
+        """Become the reader of these partitions; whoever read one before is refused from now on. The epoch of each."""
         with self._transaction() as db:
-            db.execute("UPDATE facts SET value = value + 1 WHERE name = 'epoch'")
-            return int(db.execute("SELECT value FROM facts WHERE name = 'epoch'").fetchone()[0])
+            claimed = {}
+            for partition in partitions:
+                db.execute("INSERT INTO owners VALUES (?, 1) ON CONFLICT (partition) DO UPDATE SET epoch = epoch + 1", (partition,))
+                claimed[partition] = int(db.execute("SELECT epoch FROM owners WHERE partition = ?", (partition,)).fetchone()[0])
+            return claimed
 
     def positions(self) -> Position:
         return dict(self._rows("SELECT partition, next FROM positions"))
@@ -145,24 +157,36 @@ class Archive:
         """The stamp of the newest event in the archive."""
         return int(self._rows("SELECT value FROM facts WHERE name = 'as_of'")[0][0])
 
-    def _store(self, records: list[Record], position: Position, epoch: int | None) -> int:
-        new = 0
+    def store(self, records: Sequence[Record], position: Position, owned: Mapping[str, int] | None = None) -> int:
+        """Add a batch that was read from `position` on, rows and positions in one transaction; how many events were new.
+
+        Raises Conflict, and stores nothing, where another reader claimed one of its partitions (with `owned`) or moved its position.
+        """
+        following = {record.partition: record.offset + 1 for record in records}
+        poison = [record for record in records if record.event is None]
         with self._transaction() as db:
-            if epoch is not None and db.execute("SELECT value FROM facts WHERE name = 'epoch'").fetchone()[0] != epoch:
-                raise Conflict("another reader has taken over this archive")
-            following = {record.partition: record.offset + 1 for record in records}
             for partition in following:
+                owner = db.execute("SELECT epoch FROM owners WHERE partition = ?", (partition,)).fetchone()
+                if owned is not None and (owner is None or owner[0] != owned.get(partition)):
+                    raise Conflict(f"another reader has taken over partition {partition} of this archive")
                 row = db.execute("SELECT next FROM positions WHERE partition = ?", (partition,)).fetchone()
                 if (row[0] if row else None) != position.get(partition):
-                    return 0  # another reader stored this batch; read again from where it got to
-            for record in records:
-                if record.event is None:
-                    db.execute("INSERT OR IGNORE INTO poison VALUES (?, ?, ?)", (record.partition, record.offset, record.value))
-                else:
-                    new += _keep(db, record.event)
+                    raise Conflict(f"another reader has moved the position of partition {partition} in this archive")
+            rows = [(record.partition, record.offset, record.value) for record in poison]
+            db.executemany("INSERT OR IGNORE INTO poison VALUES (?, ?, ?)", rows)
+            new = sum(_keep(db, record.event) for record in records if record.event is not None)
             db.executemany("INSERT OR REPLACE INTO positions VALUES (?, ?)", following.items())
             newest = max((record.event.stamp for record in records if record.event), default=0)
             db.execute("UPDATE facts SET value = max(value, ?) WHERE name = 'as_of'", (newest,))
+        if poison:
+            first = poison[0]
+            log.error(
+                "archive.poison",
+                messages=len(poison),
+                partition=first.partition,
+                offset=first.offset,
+                next="`plaudit feedback stats` counts them",
+            )
         return new
 
     def keep(self, events: Iterable[Event]) -> int:

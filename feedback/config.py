@@ -61,8 +61,20 @@ class KafkaSettings(Section):
 
     bootstrap: str | None = None
     """`host:port[,host:port]`; without it no Kafka is used."""
-    topic: str = "plaudit.events"
+    topic: str = Field(default="plaudit.events", pattern=r"^[A-Za-z0-9._-]{1,200}$")
     """All events go to this topic, keyed by interaction."""
+    partitions: int = Field(default=6, ge=1, le=1000)
+    """Of the topic, where Plaudit makes it; as many archive readers can share the work."""
+    replication: int = Field(default=1, ge=1, le=16)
+    """Copies of the topic, where Plaudit makes it: 1 is for one broker, 3 for production."""
+    retention_days: int = Field(default=60, ge=30, le=36_500)
+    """Of the topic, where Plaudit makes it; longer than the interval of backups."""
+    group: str = Field(default="plaudit-archive", min_length=1, max_length=200)
+    """Consumer group of the archive's readers; one for each archive."""
+    session_timeout_s: float = Field(default=10.0, ge=1)
+    """A reader that is silent for so long loses its partitions to the others."""
+    max_poll_interval_s: float = Field(default=60.0, ge=1)
+    """A reader that stores one batch for longer than this loses its partitions to the others."""
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     """How the broker is spoken to."""
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
@@ -72,11 +84,36 @@ class KafkaSettings(Section):
     sasl_password: SecretStr | None = None
     """Needed by the SASL protocols."""
     ssl_cafile: Path | None = None
-    """CA certificates of the broker, PEM."""
+    """CA certificates of the broker, PEM; without it the system's."""
+    ssl_certfile: Path | None = None
+    """Certificate that this client shows, PEM."""
+    ssl_keyfile: Path | None = None
+    """Key of that certificate, PEM."""
+    ssl_key_password: SecretStr | None = None
+    """Of the key file, where it is encrypted."""
+    ssl_check_hostname: bool = True
+    """Whether the broker's certificate must name its host."""
     batch_events: int = Field(default=500, ge=1, le=10_000)
     """How many events may be in flight between the relay and the broker."""
     delivery_timeout_s: float = Field(default=30.0, gt=0)
     """After so long an event counts as not sent and is tried again."""
+
+    @model_validator(mode="after")
+    def complete(self) -> KafkaSettings:
+        """What belongs together is set together, so that a half-set login fails at the start and not at the broker."""
+        login = {"sasl_mechanism": self.sasl_mechanism, "sasl_username": self.sasl_username, "sasl_password": self.sasl_password}
+        missing = [name for name, value in login.items() if value is None]
+        if self.security_protocol.startswith("SASL") and missing:
+            raise ValueError(f"security_protocol is {self.security_protocol}, which needs {' and '.join(missing)} too")
+        if not self.security_protocol.startswith("SASL") and len(missing) < len(login):
+            raise ValueError(f"security_protocol is {self.security_protocol}, which uses no sasl_ setting; set SASL_SSL or remove them")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("ssl_certfile and ssl_keyfile belong together; set both or none")
+        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
+            path: Path | None = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ValueError(f"{name} is {path}, which is no file")
+        return self
 
 
 class LimitSettings(Section):

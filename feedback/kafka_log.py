@@ -8,35 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from feedback.clock import HybridClock
 from feedback.config import KafkaSettings
-from feedback.errors import ConfigError, NotDurable
+from feedback.errors import NotDurable
 from feedback.events import Event, encode, partition_key
+from feedback.kafka_topic import RETRY_AFTER_S, Topic, TopicFacts, away, connected, library
 from feedback.log import Position, Record
 from feedback.sqlite_log import parse
 
-RETRY_AFTER_S = 5
 POLL_MS = 500
 
 
 class KafkaLog:
-    """Producer and reader of one topic. Thread-safe. Connects at first use; raises NotDurable while the broker is away."""
+    """Producer and reader of one topic. Thread-safe. Connects at first use and checks the topic then: raises NotDurable while the broker is
+    away or the topic is gone, ConfigError where the topic would lose events."""
 
     def __init__(self, settings: KafkaSettings, clock: HybridClock) -> None:
-        try:
-            import kafka
-        except ImportError as exc:
-            raise ConfigError("kafka.bootstrap is set, but kafka-python is not installed: install plaudit[kafka]", field="kafka") from exc
-        self._kafka: Any = kafka
+        self._kafka: Any = library()
         self._settings = settings
         self._clock = clock
         self._producer: Any = None
         self._consumer: Any = None
+        self._facts: TopicFacts | None = None
         self._sending = threading.Lock()
         self._reading = threading.Lock()
+        self._closing = threading.Event()
+        self.topic = Topic(settings)
 
     async def append(self, events: Sequence[Event]) -> list[Event]:
         """See `EventLog.append`; Kafka holds a repeated event twice, its readers de-duplicate."""
@@ -55,6 +56,8 @@ class KafkaLog:
         """
         problems: list[str | None] = []
         with self._sending:
+            if self._closing.is_set():
+                raise NotDurable("this connection to Kafka is closed", retry_after_s=RETRY_AFTER_S)
             try:
                 self._producer = self._producer or self._make_producer()
                 for start in range(0, len(rows), self._settings.batch_events):
@@ -63,42 +66,47 @@ class KafkaLog:
                     problems += [self._outcome(future) for future in futures]
             except self._kafka.errors.KafkaError as exc:
                 self._drop_producer()
-                raise NotDurable(f"Kafka at {self._settings.bootstrap} does not answer: {exc}", retry_after_s=RETRY_AFTER_S) from exc
+                raise away(self._settings, exc) from exc
         return problems
 
     def read(self, position: Position, limit: int) -> list[Record]:
-        """See `EventLog.read`; partitions are named `<topic>/<number>`. Returns what arrives within half a second."""
-        errors = self._kafka.errors
+        """See `EventLog.read`; partitions are named by `partition_name`. Returns what arrives within half a second."""
         with self._reading:
             try:
-                self._consumer = self._consumer or self._make_consumer()
-                numbers = self._consumer.partitions_for_topic(self._settings.topic) or set()
-                partitions = [self._kafka.TopicPartition(self._settings.topic, number) for number in sorted(numbers)]
-                if not partitions:
-                    return []
+                facts = self._facts = self._facts or self.topic.check()
+                self._consumer = self._consumer or make_consumer(self._settings)
+                partitions = [self._kafka.TopicPartition(self._settings.topic, number) for number in range(facts.partitions)]
                 self._consumer.assign(partitions)
                 ends = self._consumer.end_offsets(partitions)
                 starts = self._consumer.beginning_offsets(partitions)
                 for each in partitions:
-                    # What retention has deleted cannot be read any more; start at the oldest that is left.
-                    self._consumer.seek(each, max(position.get(_name(each), 0), starts[each]))
-                return self._poll(ends, limit)
-            except errors.KafkaError as exc:
+                    # What retention has deleted, or what lies beyond the end of a truncated topic, cannot be read; start at the oldest.
+                    wanted = position.get(partition_name(facts.key, each), 0)
+                    self._consumer.seek(each, wanted if starts[each] <= wanted <= ends[each] else starts[each])
+                records = self._poll(facts.key, ends, limit)
+                if self.topic.key() != facts.key:
+                    raise self._kafka.errors.UnknownTopicIdError("the topic was made anew meanwhile")
+                return records
+            except self._kafka.errors.KafkaError as exc:
                 self._drop_consumer()
-                raise NotDurable(f"Kafka at {self._settings.bootstrap} cannot be read: {exc}", retry_after_s=RETRY_AFTER_S) from exc
+                raise away(self._settings, exc) from exc
+            except NotDurable:
+                self._drop_consumer()
+                raise
 
     def close(self) -> None:
+        self._closing.set()
         with self._sending:
             self._drop_producer()
         with self._reading:
             self._drop_consumer()
+        self.topic.close()
 
-    def _poll(self, ends: dict[Any, int], limit: int) -> list[Record]:
+    def _poll(self, key: str, ends: dict[Any, int], limit: int) -> list[Record]:
         """Until the limit, or until every partition's end as it was at the call."""
         records: list[Record] = []
         while len(records) < limit and any(self._consumer.position(each) < end for each, end in ends.items()):
-            for each, batch in self._consumer.poll(timeout_ms=POLL_MS, max_records=limit - len(records)).items():
-                records += [Record(_name(each), message.offset, parse(message.value), message.value) for message in batch]
+            records += to_records(key, self._consumer.poll(timeout_ms=POLL_MS, max_records=limit - len(records)))
         return records
 
     def _queue(self, key: str, value: bytes) -> Any:
@@ -108,46 +116,38 @@ class KafkaLog:
             return exc
 
     def _outcome(self, future: Any) -> str | None:
-        permanent = (self._kafka.errors.MessageSizeTooLargeError, self._kafka.errors.InvalidRecordError)
+        """None, or why this record will never be taken. Raises KafkaError where that is not known."""
+        errors = self._kafka.errors
+        permanent = (errors.MessageSizeTooLargeError, errors.InvalidRecordError)
         if isinstance(future, permanent):
-            return str(future)
-        try:
-            future.get(timeout=self._settings.delivery_timeout_s)
-        except permanent as exc:
-            return str(exc)
-        return None
+            return f"it is larger than the topic's max.message.bytes ({future})"
+        deadline = time.monotonic() + self._settings.delivery_timeout_s
+        while True:
+            try:
+                future.get(timeout=0.1)
+                return None
+            except permanent as exc:
+                return str(exc)
+            except errors.KafkaTimeoutError:  # of this short wait, or of the delivery: then the future is done
+                if future.is_done or self._closing.is_set() or time.monotonic() > deadline:
+                    raise
 
     def _make_producer(self) -> Any:
+        facts = self.topic.check()
         timeout_ms = int(self._settings.delivery_timeout_s * 1000)
-        return self._kafka.KafkaProducer(
-            **self._connection(),
+        return connected(
+            self._kafka.KafkaProducer,
+            self._settings,
             acks="all",
             enable_idempotence=True,
+            allow_auto_create_topics=False,
             linger_ms=5,
             max_block_ms=min(5000, timeout_ms),
+            max_request_size=facts.max_message_bytes,
             delivery_timeout_ms=timeout_ms,
             request_timeout_ms=max(1000, timeout_ms // 3),
             metrics_enabled=False,
         )
-
-    def _make_consumer(self) -> Any:
-        return self._kafka.KafkaConsumer(
-            **self._connection(), group_id=None, enable_auto_commit=False, auto_offset_reset="earliest", isolation_level="read_committed"
-        )
-
-    def _connection(self) -> dict[str, Any]:
-        settings = self._settings
-        password = settings.sasl_password.get_secret_value() if settings.sasl_password else None
-        options = {
-            "bootstrap_servers": (settings.bootstrap or "").split(","),
-            "security_protocol": settings.security_protocol,
-            "sasl_mechanism": settings.sasl_mechanism,
-            "sasl_plain_username": settings.sasl_username,
-            "sasl_plain_password": password,
-            "ssl_cafile": str(settings.ssl_cafile) if settings.ssl_cafile else None,
-            "bootstrap_timeout_ms": 5000,
-        }
-        return {name: value for name, value in options.items() if value is not None}
 
     def _drop_producer(self) -> None:
         # close() raises where records are pending; those stay unsent in the partition and are sent again.
@@ -159,10 +159,38 @@ class KafkaLog:
             self._producer = None
 
     def _drop_consumer(self) -> None:
+        self._facts = None
         if self._consumer is not None:
             self._consumer.close()
             self._consumer = None
 
 
-def _name(partition: Any) -> str:
-    return f"{partition.topic}/{partition.partition}"
+def make_consumer(settings: KafkaSettings, **options: Any) -> Any:
+    """A consumer that starts where it is told to and commits nothing by itself. Raises KafkaError."""
+    return connected(
+        library().KafkaConsumer,
+        settings,
+        **{
+            "group_id": None,
+            "enable_auto_commit": False,
+            "allow_auto_create_topics": False,
+            "auto_offset_reset": "earliest",
+            "isolation_level": "read_committed",
+            "metrics_enabled": False,
+            **options,
+        },
+    )
+
+
+def partition_name(key: str, partition: Any) -> str:
+    """A partition of this very topic: another one of the same name starts at its beginning."""
+    return f"{key}/{partition.partition}"
+
+
+def to_records(key: str, polled: dict[Any, list[Any]]) -> list[Record]:
+    """What a poll brought. A value that is no event, none at all included, is left to the archive to set aside."""
+    return [
+        Record(partition_name(key, each), message.offset, parse(message.value or b""), message.value or b"")
+        for each, batch in polled.items()
+        for message in batch
+    ]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import secrets
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import structlog
 from cryptography.fernet import Fernet
 from sqlalchemy import Engine
 
@@ -18,10 +21,10 @@ from feedback.archive import Archive
 from feedback.clock import HybridClock, wall_ms
 from feedback.config import Settings
 from feedback.database import open_database
-from feedback.errors import ConfigError
+from feedback.errors import ConfigError, NotDurable
 from feedback.events import Event
-from feedback.kafka_log import KafkaLog
 from feedback.keys import ApiKeys
+from feedback.readers import GroupReader
 from feedback.relay import Relay
 from feedback.sqlite_log import SqliteLog, SqliteLogs, prune
 from feedback.subjects import Subjects
@@ -29,6 +32,8 @@ from feedback.tokens import Tokens, sync_folder
 
 MAX_PARTITIONS = 256
 MAX_OFFSET = 2**63 - 1
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass
@@ -45,8 +50,9 @@ class Stores:
     tokens: Tokens
     api_keys: ApiKeys
     relay: Relay | None
-    kafka: KafkaLog | None
     _claim: int
+    reader: GroupReader | None = None
+    """With Kafka: this process's membership among the archive's readers, where it has one."""
 
     async def record_feedback(self, events: Sequence[Event]) -> tuple[list[Event], Literal["local", "broker"]]:
         """Append, and with `ack = "broker"` wait for Kafka too. Raises NotDurable while Kafka is away: the events then lie on this
@@ -61,10 +67,27 @@ class Stores:
         await self.relay.delivered(stored, self.settings.feedback.ack_timeout_s)
         return "broker"
 
+    def start_reading(self) -> None:
+        """With Kafka: make this process one of those who feed the archive. Raises ConfigError where the topic would lose events; a broker
+        that is away is met again by `ingest`."""
+        kafka = self.settings.kafka
+        if kafka.bootstrap is None or self.reader is not None:
+            return
+        self.reader = GroupReader(self.archive, kafka, member_name(self.settings.feedback.data_dir, self.log.partition))
+        try:
+            self.reader.check()
+        except NotDurable as exc:
+            log.warning("archive.waits", problem=exc.message)
+
     def ingest(self) -> int:
-        """Bring the archive up to date from this machine's partitions and, where it is set, from Kafka; how many events were new."""
-        new = self.archive.ingest(self.logs)
-        return new + (self.archive.ingest(self.kafka) if self.kafka is not None else 0)
+        """Bring the archive up to date; how many events were new.
+
+        Embedded, whoever calls this reads the partitions of this machine. With Kafka the archive has one source, the topic, and is fed by
+        the members of its consumer group (`start_reading`): the others find it as those have left it, and are given 0.
+        """
+        if self.settings.kafka.bootstrap is None:
+            return self.archive.ingest(self.logs)
+        return self.reader.catch_up() if self.reader is not None else 0
 
     def expire(self, now_ms: int | None = None) -> int:
         """Delete interactions that nobody rated within `feedback.unrated_expiry_days` from the archive, and rows of that age from every
@@ -84,8 +107,8 @@ class Stores:
     def close(self) -> None:
         if self.relay is not None:
             self.relay.close()
-        if self.kafka is not None:
-            self.kafka.close()
+        if self.reader is not None:
+            self.reader.close()
         self.log.close()
         self.archive.close()
         self.engine.dispose()
@@ -102,7 +125,8 @@ def open_stores(settings: Settings, process: str = "gateway") -> Stores:
         raise ConfigError('feedback.ack = "broker" needs kafka.bootstrap, which is not set', field="kafka.bootstrap")
     try:
         kek, pseudonym = _keys(data_dir / "keys")
-        path, claim = _claim_partition(data_dir / "log", process)
+        name, claim = claim_name(data_dir / "log", process)
+        path = data_dir / "log" / f"{name}.sqlite"
     except OSError as exc:
         raise ConfigError(f"feedback.data_dir {data_dir} cannot be used: {exc.strerror}", field="feedback.data_dir") from exc
     engine = open_database(settings.registry.resolved(data_dir))
@@ -121,14 +145,13 @@ def open_stores(settings: Settings, process: str = "gateway") -> Stores:
         subjects=subjects,
         tokens=Tokens(token_keys(settings)),
         api_keys=ApiKeys(engine),
-        relay=Relay([path], settings.kafka) if settings.kafka.bootstrap else None,
-        kafka=KafkaLog(settings.kafka, clock) if settings.kafka.bootstrap else None,
+        relay=Relay(data_dir / "log", settings.kafka, own=path) if settings.kafka.bootstrap else None,
         _claim=claim,
     )
 
 
-def _claim_partition(folder: Path, process: str) -> tuple[Path, int]:
-    """The first partition of this name that no living process writes, and the lock that says so."""
+def claim_name(folder: Path, process: str) -> tuple[str, int]:
+    """The first of `<process>`, `<process>-1`, ... that no living process has in this folder, and the lock that says so."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(MAX_PARTITIONS):
         name = process if number == 0 else f"{process}-{number}"
@@ -138,8 +161,14 @@ def _claim_partition(folder: Path, process: str) -> tuple[Path, int]:
         except BlockingIOError:
             os.close(descriptor)
             continue
-        return folder / f"{name}.sqlite", descriptor
-    raise ConfigError(f"{MAX_PARTITIONS} processes named '{process}' write to {folder} already", field="process")
+        return name, descriptor
+    raise ConfigError(f"{MAX_PARTITIONS} processes named '{process}' use {folder} already", field="process")
+
+
+def member_name(data_dir: Path, name: str) -> str:
+    """What a process is called in the consumer group: the same after a restart, and nobody else's on any machine."""
+    where = hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:8]
+    return f"{socket.gethostname()}-{where}-{name}"
 
 
 def _keys(folder: Path) -> tuple[bytes, bytes]:

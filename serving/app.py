@@ -27,6 +27,7 @@ from serving import consent, errors
 from serving.access import PUBLIC, add_route, document
 from serving.chat import Gateway, chat, check_model
 from serving.config import GatewaySettings
+from serving.metrics import DEAD_LETTERS, RELAY_PENDING
 from serving.openai_api import ChatRequest
 from serving.rating import REASONS, Said, give, read
 from serving.record import Recorder
@@ -135,6 +136,11 @@ async def ready(request: Request) -> JSONResponse:
 
 async def measured(request: Request) -> Response:
     """`GET /metrics` for Prometheus."""
+    stores: Stores = request.app.state.gateway.stores
+    if stores.relay is not None:
+        with contextlib.suppress(NotDurable):  # a partition that cannot be read is told by the relay
+            RELAY_PENDING.set(await asyncio.to_thread(stores.relay.pending))
+            DEAD_LETTERS.set(await asyncio.to_thread(stores.relay.dead_letters))
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -16,3 +16,5 @@ FEEDBACK = Counter("plaudit_feedback", "Feedback acknowledged, by kind", ["kind"
 REFUSED = Counter("plaudit_refused_requests", "Requests refused, by status", ["status"])
 ROUTE_AGE = Gauge("plaudit_route_age_seconds", "Age of the routing table in use")
 ROUTE_VERSION = Gauge("plaudit_route_version", "Version of the routing table in use")
+RELAY_PENDING = Gauge("plaudit_relay_pending", "Events of this data folder that wait to be carried to Kafka")
+DEAD_LETTERS = Gauge("plaudit_dead_letters", "Events of this data folder that Kafka will not take")

@@ -58,6 +58,7 @@ class Service:
         server, policy_settings = self.gateway.server, self.gateway.policy
         if not self.gateway.feedback.auth and server.host not in ("127.0.0.1", "::1", "localhost"):
             raise ConfigError(f"server.host is '{server.host}' while feedback.auth is off; set feedback.auth = true or listen on 127.0.0.1")
+        self.stores.start_reading()
         stable, base = self.registry.alias("stable"), base_digests(policy)
         if stable is None:
             fields = ManifestFields(

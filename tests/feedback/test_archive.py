@@ -90,11 +90,11 @@ def test_reading_again_or_with_two_readers_adds_nothing(tmp_path: Path) -> None:
 def test_a_reader_that_was_replaced_is_refused(tmp_path: Path) -> None:
     stores = stores_in(tmp_path)
     stores.log.append_sync([rating("i", "r", "up")])
-    old = stores.archive.claim()
-    new = stores.archive.claim()
+    old = stores.archive.claim(["gateway"])
+    new = stores.archive.claim(["gateway"])
     with pytest.raises(Conflict, match="taken over"):
-        stores.archive.ingest(stores.logs, epoch=old)
-    assert stores.archive.ingest(stores.logs, epoch=new) == 1
+        stores.archive.ingest(stores.logs, old)
+    assert stores.archive.ingest(stores.logs, new) == 1
     stores.close()
 
 

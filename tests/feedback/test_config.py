@@ -56,7 +56,10 @@ def test_a_list_in_the_environment_is_json_and_names_may_be_lower_case(monkeypat
 
 def test_passwords_are_never_shown(tmp_path: Path) -> None:
     path = tmp_path / "plaudit.toml"
-    path.write_text('[kafka]\nsasl_password = "hunter2"\n[registry]\nurl = "postgresql://ann:hunter2@db/plaudit"\n')
+    path.write_text(
+        '[kafka]\nsasl_password = "hunter2"\nsasl_username = "ann"\nsasl_mechanism = "PLAIN"\nsecurity_protocol = "SASL_SSL"\n'
+        '[registry]\nurl = "postgresql://ann:hunter2@db/plaudit"\n'
+    )
     settings = load(Settings, path)
     assert "hunter2" not in repr(settings) and "hunter2" not in settings.model_dump_json()
     assert settings.registry.resolved(tmp_path) == "postgresql://ann:hunter2@db/plaudit"
