@@ -1,4 +1,4 @@
-# Plaudit: `make demo` turns the ring, `make test` runs every test. See README.md.
+# Plaudit: `make demo` turns the ring (KAFKA=1: through Kafka), `make test` runs every test. See README.md.
 PY := .venv/bin/python
 POLICY ?= smollm2
 .PHONY: install demo test test-fast check figures clean
@@ -15,7 +15,7 @@ POLICY ?= smollm2
 install: .venv/.installed
 
 demo: install
-	.venv/bin/plaudit demo --policy $(POLICY)
+	.venv/bin/plaudit demo --policy $(POLICY) $(if $(KAFKA),--kafka)
 
 test: install
 	$(PY) -m pytest

@@ -107,17 +107,21 @@ def _train(settings: Settings, stores: Stores, registry: Registry, shuffle: bool
 def demo(
     policy: Annotated[str, typer.Option(help="smollm2 or concierge")] = "smollm2",
     stay: Annotated[bool | None, typer.Option(help="Keep serving at the end; default: in a terminal.")] = None,
+    through_kafka: Annotated[bool, typer.Option("--kafka", help="Start a Kafka broker and send every event through it.")] = False,
 ) -> None:
     """Turn the whole ring once with simulated raters: chat, ratings, training, canary, approval, report."""
     from examples.ring import Ring
 
-    with Steps() as steps:
-        ring = Ring(policy, Path("data"), steps, say)
-        closed = asyncio.run(ring.turn())
-    if closed and (sys.stdin.isatty() if stay is None else stay):
-        say("Ctrl-C stops it.")
-        ring.wait()
-    ring.stop()
+    steps = Steps()
+    ring = Ring(policy, Path("data"), steps, say, kafka=through_kafka)
+    try:
+        with steps:
+            closed = asyncio.run(ring.turn())
+        if closed and (sys.stdin.isatty() if stay is None else stay):
+            say("Ctrl-C stops it.")
+            ring.wait()
+    finally:
+        ring.stop()
     raise typer.Exit(0 if closed else 1)
 
 

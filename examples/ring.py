@@ -20,6 +20,7 @@ from typing import Any
 
 import aiohttp
 
+from deploy.broker import Broker
 from deploy.records import RolloutRecord
 from deploy.registry import Registry
 from examples import load
@@ -51,12 +52,23 @@ START_S = 400.0
 class Ring:
     """One turn in a folder of its own below `root`."""
 
-    def __init__(self, policy: str, root: Path, progress: Callable[[str, float], None], say: Callable[[str], None], seed: int = 0) -> None:
+    def __init__(
+        self,
+        policy: str,
+        root: Path,
+        progress: Callable[[str, float], None],
+        say: Callable[[str], None],
+        seed: int = 0,
+        *,
+        kafka: bool = False,
+    ) -> None:
         self.example = load(policy, seed)
         self.root = root
         self.data_dir = root / "demo" / f"{policy}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.progress, self.say, self.seed = progress, say, seed
         self.seconds: dict[str, float] = {}
+        self.broker = Broker(self.data_dir / "kafka") if kafka else None
+        """With it every event goes through Kafka, and feedback is acknowledged once Kafka has it."""
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
         self.keys: dict[str, str] = {}
@@ -64,7 +76,10 @@ class Ring:
 
     async def turn(self) -> bool:
         """Whether the ring closed: an adapter that the ratings trained answers people. Says why, where it did not."""
+        self.data_dir.mkdir(parents=True)
         try:
+            if self.broker is not None:
+                await self._timed("Kafka ready", asyncio.to_thread(self.broker.start, self.progress))
             await self._timed("model ready", asyncio.to_thread(self._prepare))
             await self._timed("service ready", asyncio.to_thread(self.start))
             people = People(self.example, self.url, self.keys["app"], seed=self.seed)
@@ -93,13 +108,15 @@ class Ring:
             self.say("Stopping.")
 
     def stop(self) -> None:
-        """End the service and, with it, the model server."""
+        """End the service and, with it, the model server; then Kafka, which got everything by then."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
+        if self.broker is not None:
+            self.broker.stop()
 
     async def _timed(self, what: str, work: Any) -> Any:
         started = time.monotonic()
@@ -110,7 +127,6 @@ class Ring:
 
     def _prepare(self) -> None:
         """Folder, settings, prompts, facts, three keys: an application's, and a person's who did not train it."""
-        self.data_dir.mkdir(parents=True)
         policy = self.example.policy_dir(self.root)
         files = {"held_out": self.data_dir / "held_out.txt", "probes": self.data_dir / "probes.txt", "facts": self.data_dir / "facts.jsonl"}
         files["held_out"].write_text("\n".join(self.example.held_out) + "\n")
@@ -118,7 +134,8 @@ class Ring:
         write_facts(files["facts"], self.example.facts)
         example = self.example
         sections: dict[str, dict[str, object]] = {
-            "feedback": {"data_dir": str(self.data_dir.resolve())},
+            "feedback": {"data_dir": str(self.data_dir.resolve()), "ack": "local" if self.broker is None else "broker"},
+            **({} if self.broker is None else {"kafka": {"bootstrap": self.broker.bootstrap}}),
             "server": {"port": 0},
             "limits": UNLIMITED.model_dump(),  # two dozen simulated people ask faster than real ones, all with one key
             "policy": {
