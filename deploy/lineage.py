@@ -74,9 +74,10 @@ def erase(stores: Stores, registry: Registry, settings: ErasureSettings, who: tu
     return outcome[0].model_copy(update={"complete": done.complete})
 
 
-def finish(stores: Stores, registry: Registry, settings: ErasureSettings) -> int:
-    """Complete erasures that broke off or came from elsewhere, as `erase` does. How many."""
-    return len(erasure.finish(stores, lambda each: _act(stores, registry, settings, each, erasure.SYSTEM)))
+def finish(stores: Stores, registry: Registry, settings: ErasureSettings, asked: tuple[str, str] | None = None) -> int:
+    """Complete erasures that broke off or came from elsewhere, as `erase` does; at once the one that is `asked` for again. How many."""
+    by = dict([asked] if asked else [])
+    return len(erasure.finish(stores, lambda each: _act(stores, registry, settings, each, by.get(each, erasure.SYSTEM)), asked))
 
 
 def replay(stores: Stores, registry: Registry, settings: ErasureSettings, erasures: Mapping[str, int]) -> int:

@@ -93,17 +93,23 @@ def erase(stores: Stores, subject: str, actor: str, reason: str, then: Then | No
         return _complete(stores, subject, stamp, actor, reason, then)
 
 
-def finish(stores: Stores, then: Then | None = None) -> list[Erasure]:
-    """Complete what a killed process began here, and what arrived from other machines or with a backup."""
+def finish(stores: Stores, then: Then | None = None, asked: tuple[str, str] | None = None) -> list[Erasure]:
+    """Complete what a killed process began here, and what arrived from other machines or with a backup.
+
+    `asked` names a subject whose erasure is asked for again, and by whom: that one is left to nobody else."""
     data_dir, finished = stores.settings.feedback.data_dir, []
+    if asked is not None:
+        stores.archive.ingest(stores.logs)
     for subject, stamp in stores.archive.erasures().items():
         if max(_marked(data_dir, subject), 0 if reads_snapshots() else _marked(data_dir, subject, REST)) >= stamp:
             continue
-        if stores.subjects.erased(subject) < stamp and wall_ms() - stamp_ms(stamp) < FOREIGN_MS:
+        again = asked is not None and asked[0] == subject
+        if not again and stores.subjects.erased(subject) < stamp and wall_ms() - stamp_ms(stamp) < FOREIGN_MS:
             continue
+        actor = asked[1] if again and asked else SYSTEM
         with _alone(data_dir):
             if _marked(data_dir, subject) < stamp:
-                finished.append(_complete(stores, subject, stamp, SYSTEM, "an erasure that was begun elsewhere or broke off", then))
+                finished.append(_complete(stores, subject, stamp, actor, "an erasure that was begun elsewhere or broke off", then))
     return finished
 
 

@@ -54,8 +54,9 @@ async def erase(request: Request) -> JSONResponse:
         registry = Registry(stores.engine, settings.feedback.tenant)
         try:
             asker = _asker(request, gateway, wish)
-        except Gone:
-            lineage.finish(stores, registry, settings.erasure)  # a killed process may have left it half done
+        except Gone:  # they were erased after their token; a killed process, or a full disk, may have left it half done
+            claims = caller_of(request).claims
+            lineage.finish(stores, registry, settings.erasure, (claims.subject, PERSON) if claims else None)
             raise
         outcome = lineage.erase(stores, registry, settings.erasure, (asker.subject, asker.by), wish.reason)
         return _told({"erased": True, "complete": outcome.complete}, outcome.affected, outcome.done)

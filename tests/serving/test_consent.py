@@ -14,7 +14,7 @@ from serving_world import MODEL, World, eventually, serve
 from deploy.engine import Scripted
 from feedback import audit
 from feedback.clock import COUNTER_BITS, wall_ms
-from feedback.errors import Gone
+from feedback.errors import Gone, NotDurable
 from feedback.events import FinishedText, StartedText
 from serving.who import COOKIE
 
@@ -69,6 +69,21 @@ def test_a_person_erases_themselves_and_may_come_back(world: World) -> None:
     assert world.feedback(again, UP).json()["state"]["rating"] == "up"
     told = [(row["actor"], row["subject"]) for row in audit.read(world.stores.engine) if row["action"] == "subject.erased"]
     assert told == [("the person", ann)]
+
+
+def test_an_erasure_that_broke_off_is_done_when_the_person_asks_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = token_of(world.chat("hi", user="ida"))
+    ida = world.started()[0].subject
+
+    def full(*_: object, **__: object) -> int:
+        raise NotDurable("the registry's database does not answer: database or disk is full", retry_after_s=2)
+
+    monkeypatch.setattr(world.stores.subjects, "erase", full)
+    assert asked(world, ERASE, token).status_code == 503  # say it again
+    monkeypatch.undo()
+    assert world.stores.subjects.alive(ida)
+    assert asked(world, ERASE, token).status_code == 410 and not world.stores.subjects.alive(ida)
+    assert [row["actor"] for row in audit.read(world.stores.engine) if row["subject"] == ida] == ["the person"]
 
 
 def test_a_visitor_of_the_page_speaks_for_their_own_session(world: World) -> None:
