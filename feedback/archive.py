@@ -250,6 +250,11 @@ class Archive:
         heard = "SELECT 1 FROM events WHERE subject = ? AND stamp > ? AND type != 'subject.erased' LIMIT 1"
         return bool(self._rows(heard, subject, after))
 
+    def tenant(self, subject: str) -> str | None:
+        """Whose person the subject is; None where nothing of theirs is here."""
+        rows = self._rows("SELECT value FROM events WHERE subject = ? LIMIT 1", subject)
+        return decode(rows[0][0]).tenant if rows else None
+
     def erased(self, subject: str) -> int:
         """The stamp of the subject's last erasure, 0 for none."""
         return max((row[0] for row in self._rows("SELECT stamp FROM farewells WHERE kind = 'erased' AND subject = ?", subject)), default=0)

@@ -79,6 +79,9 @@ def named(stores: Stores, who: str) -> str:
     subject = who if PSEUDONYM.fullmatch(who) else stores.subjects.pseudonym(stores.settings.feedback.tenant, who)
     if not (stores.subjects.known(subject) or stores.archive.heard(subject) or stores.archive.erased(subject)):
         raise NotFound(f"subject: nothing of '{who[:80]}' was ever recorded here; give the id that the application uses", field="subject")
+    here, theirs = stores.settings.feedback.tenant, stores.archive.tenant(subject)
+    if theirs not in (None, here):
+        raise NotFound(f"subject: '{who}' is of tenant '{theirs}', and this is '{here}' (feedback.tenant)", field="subject")
     return subject
 
 

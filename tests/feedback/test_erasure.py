@@ -230,6 +230,16 @@ def test_people_are_named_by_their_id_or_pseudonym(tmp_path: Path) -> None:
     stores.close()
 
 
+def test_nobody_of_another_tenant_is_erased_by_pseudonym(tmp_path: Path) -> None:
+    stores = stores_in(tmp_path)
+    theirs = stores.subjects.pseudonym("theirs", "anna")
+    stores.log.append_sync([event.model_copy(update={"tenant": "theirs"}) for event in answered(stores, "i1", theirs, "hi")])
+    stores.ingest()
+    with pytest.raises(NotFound, match="is of tenant 'theirs'"):
+        erasure.named(stores, theirs)
+    stores.close()
+
+
 def test_who_withdraws_trains_no_more_until_erased_and_back(tmp_path: Path) -> None:
     stores = two_people(tmp_path)
     for _ in range(2):
