@@ -18,8 +18,9 @@ from commands.settings import ConfigPath, Settings, opened, policy_folder, setti
 from commands.terminal import Steps, complain, console, say
 from deploy import lineage
 from deploy.registry import Registry
-from feedback.errors import ConfigError, Conflict, PlauditError
-from feedback.keys import SCOPES
+from feedback.clock import wall_ms
+from feedback.errors import ConfigError, Conflict, NotDurable, PlauditError
+from feedback.keys import ON_THIS_MACHINE, SCOPES, ApiKey
 from feedback.stores import Stores
 from serving.config import GatewaySettings
 
@@ -65,9 +66,19 @@ def _ready(url: str) -> None:
 
 
 def _first_key(stores: Stores) -> None:
-    if stores.api_keys.count() == 0:
-        key, secret = stores.api_keys.create("admin", SCOPES, by="first start", person=True)
-        say(f"First start: the admin's key {key.id} is shown this once:\n  {secret}")
+    """An admin's key where no key could make another one: at the first start, and after the last such key was disabled or expired."""
+    first = stores.api_keys.count() == 0
+    why = "First start" if first else "No valid key with the scope 'keys' is left"
+
+    def show(key: ApiKey, secret: str) -> None:
+        try:
+            say(f"{why}: the admin's key {key.id} is shown this once:\n  {secret}")
+        except OSError as exc:
+            told = f"the admin's key could not be shown on standard output ({exc.strerror}) and was not made"
+            raise NotDurable(f"{told}; start again where the output is kept") from exc
+
+    if first or not any("keys" in each.scopes and each.state(wall_ms()) == "valid" for each in stores.api_keys.list()):
+        stores.api_keys.create("admin", SCOPES, by="first start" if first else ON_THIS_MACHINE, person=True, show=show)
 
 
 @app.command()

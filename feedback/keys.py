@@ -9,7 +9,7 @@ import secrets
 import string
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Engine, MetaData, String, Table, func, insert, select, update
@@ -103,10 +103,12 @@ class ApiKeys:
         person: bool = False,
         origins: tuple[str, ...] = (),
         expires_ms: int | None = None,
+        show: Callable[[ApiKey, str], None] | None = None,
     ) -> tuple[ApiKey, str]:
         """A new key and its secret `pl_<id>_<random>`, which nobody can see again (190 random bits, so a plain hash is enough).
 
-        `by` is who makes it, for the audit. Raises InvalidInput.
+        `by` is who makes it, for the audit. `show` hears of it before it is committed: where showing fails, or the process is killed
+        meanwhile, no key is left that nobody has seen. Raises InvalidInput.
         """
         owner, scopes = owner.strip(), tuple(dict.fromkeys(scopes))
         _check(owner, scopes, origins)
@@ -117,6 +119,8 @@ class ApiKeys:
         with transaction(self._engine) as db:
             db.execute(insert(api_keys).values(**values))
             audit.record(db, by, "key.created", key.id, f"for {owner}: {', '.join(scopes)}")
+            if show is not None:
+                show(key, secret)
         return key, secret
 
     def check(self, secret: str) -> ApiKey:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 import plaudit
 from feedback import audit
 from feedback.config import FeedbackSettings, Settings
-from feedback.errors import Conflict, InvalidInput, NotAllowed, NotAuthenticated, PlauditError
+from feedback.errors import Conflict, InvalidInput, NotAllowed, NotAuthenticated, NotDurable, PlauditError
 from feedback.keys import SCOPES
 from feedback.stores import Stores, open_stores
 
@@ -58,6 +58,26 @@ def test_before_the_first_start_there_is_no_key_to_use(run: Run, stores: Stores)
     assert admin.scopes == SCOPES and actions(stores) == [("first start", "key.created")]
     missing = run("keys", "list").exception
     assert isinstance(missing, NotAuthenticated) and "PLAUDIT_KEY" in missing.message
+
+
+def test_nobody_is_locked_out(run: Run, stores: Stores, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plaudit, "say", full)
+    with pytest.raises(NotDurable, match="could not be shown on standard output"):
+        plaudit._first_key(stores)
+    assert stores.api_keys.list() == [] and actions(stores) == []
+    monkeypatch.undo()
+    plaudit._first_key(stores)
+    admin = secret_in(capsys.readouterr().out)
+    assert run("keys", "disable", admin[3:15], "--reason", "leaked", key=admin).exit_code == 0
+    stores.api_keys.create("old", ("keys",), expires_ms=1)
+    stores.api_keys.create("app", ("chat",))
+    plaudit._first_key(stores)
+    plaudit._first_key(stores)
+    said = capsys.readouterr().out
+    assert said.count("pl_") == 1 and "'keys' is left" in said and run("keys", "list", key=secret_in(said)).exit_code == 0
 
 
 def test_keys_are_made_listed_and_disabled_by_who_may(run: Run, stores: Stores) -> None:
