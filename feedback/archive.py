@@ -20,6 +20,7 @@ import structlog
 from pydantic import ValidationError
 
 from feedback.clock import COUNTER_BITS, wall_ms
+from feedback.database import configure, settle
 from feedback.errors import ConfigError, Conflict, NotDurable
 from feedback.events import (
     SCHEMA_VERSION,
@@ -93,9 +94,9 @@ class Archive:
         self._lock = threading.RLock()
         try:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=30.0, check_same_thread=False)
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
-                self._db.execute(f"PRAGMA {pragma}")
+            configure(self._db)
             self._db.executescript(SCHEMA)
+            settle(self._db)
         except sqlite3.Error as exc:
             raise NotDurable(f"the archive {path} cannot be opened: {exc}", retry_after_s=2) from exc
         self._meet_version()

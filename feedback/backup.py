@@ -22,11 +22,10 @@ from pydantic import ValidationError
 
 from feedback import audit, erasure, snapshot
 from feedback.clock import wall_ms
-from feedback.database import transaction
+from feedback.database import sync_folder, transaction
 from feedback.errors import ConfigError, InvalidInput, NotDurable, NotFound
 from feedback.events import SCHEMA_VERSION, Model
 from feedback.stores import Stores
-from feedback.tokens import sync_folder
 
 MANIFEST = "backup.json"
 CHUNK_BYTES = 1 << 20

@@ -5,10 +5,11 @@ SQLite for one machine, any SQLAlchemy URL (PostgreSQL) for several. Each room c
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from feedback.errors import ConfigError, NotDurable
+
+COPY_BYTES = 1 << 20
 
 
 def open_database(url: str) -> Engine:
@@ -30,15 +33,71 @@ def open_database(url: str) -> Engine:
         raise ConfigError(f"registry.url cannot be used: {exc}", field="registry.url") from exc
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
+        event.listen(engine, "first_connect", _settle_sqlite)
     return engine
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
-    for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
+    connection.execute("PRAGMA busy_timeout=5000")
+    configure(connection)
+    connection.execute("PRAGMA foreign_keys=ON")
 
 
-@contextmanager
+def _settle_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+    settle(connection)
+
+
+def configure(db: sqlite3.Connection) -> None:
+    """The mode of every SQLite file that holds what must not be lost. Raises sqlite3.Error."""
+    mode = db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+    if mode not in ("wal", "memory"):  # SQLite says so instead of failing, and would go on less durably
+        raise sqlite3.OperationalError(f"it stays in journal mode {mode}, because the disk failed or another process holds it")
+    db.execute("PRAGMA synchronous=FULL")
+    db.execute("PRAGMA secure_delete=ON")  # a row that is deleted, moved or marked leaves no copy of itself in its page
+
+
+def settle(db: sqlite3.Connection) -> None:
+    """Make durable what a process that died, or whose fsync failed, left in the write-ahead log; once, before anything is built on it.
+
+    The file may show rows that the disk does not hold, and another fsync would not write them: after a failed one the kernel takes them
+    for written. So the log is written once more, byte for byte. Its folder is fsynced too, because SQLite passes over a failure of that.
+    Raises sqlite3.Error.
+    """
+    file = db.execute("PRAGMA database_list").fetchone()[2]
+    if not file:
+        return
+    db.execute("BEGIN IMMEDIATE")  # so that nobody else writes the log meanwhile
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            _write_again(Path(f"{file}-wal"))
+        sync_folder(Path(file).parent)
+    except OSError as exc:
+        raise sqlite3.OperationalError(f"what is in its write-ahead log cannot be made durable: {exc.strerror}") from exc
+    finally:
+        db.execute("ROLLBACK")
+
+
+def _write_again(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        at = 0
+        while data := os.pread(descriptor, COPY_BYTES, at):
+            at += os.pwrite(descriptor, data, at)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder: what was made or renamed in it stays so."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def transaction(engine: Engine) -> Iterator[Connection]:
     """All or nothing, committed at the end. Raises NotDurable where the database does not answer or takes no more."""
     try:

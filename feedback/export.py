@@ -24,10 +24,9 @@ from typing import IO, Any, Literal, cast
 from sqlalchemy import Engine
 
 from feedback import audit
-from feedback.database import transaction
+from feedback.database import sync_folder, transaction
 from feedback.errors import InvalidInput, NotDurable
 from feedback.snapshot import Row, Snapshot
-from feedback.tokens import sync_folder
 
 Form = Literal["preference", "unpaired", "jsonl"]
 ACTION = "feedback.exported"

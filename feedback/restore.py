@@ -22,12 +22,11 @@ from pathlib import Path
 from feedback import audit, erasure
 from feedback.backup import Manifest, copy_file, manifest_digest, read_manifest
 from feedback.config import Settings
-from feedback.database import transaction
+from feedback.database import sync_folder, transaction
 from feedback.errors import ConfigError, Conflict, InvalidInput, NotDurable
 from feedback.kafka_log import KafkaLog
 from feedback.sqlite_log import parse
 from feedback.stores import Stores, open_stores
-from feedback.tokens import sync_folder
 
 BATCH = 1_000
 Replay = Callable[[Stores, Mapping[str, int]], object]

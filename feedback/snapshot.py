@@ -102,7 +102,9 @@ def build(archive: Archive, subjects: Subjects, out_dir: Path, filters: Filters 
             raise TrainingRefused(f"no opinion about a finished answer matches {filters.model_dump_json()}; collect ratings first")
         digest = _digest(filters, leaves)
         target = out_dir / digest
-        if not (target / HEAD_FILE).exists():
+        if (target / HEAD_FILE).exists():
+            _settle(out_dir)
+        else:
             _publish(target, rows, {"digest": digest, "redacted": False, "filters": filters.model_dump(mode="json"), "leaves": leaves})
     return load(target)
 
@@ -124,7 +126,9 @@ def _gone(subject: str, rater: str, stamp: int, erased: Mapping[str, int]) -> se
 
 @contextlib.contextmanager
 def locked(out_dir: Path) -> Iterator[None]:
-    """Nobody else writes or redacts a snapshot in this folder meanwhile; the kernel frees the lock of a process that dies."""
+    """Nobody else writes or redacts a snapshot in this folder meanwhile; the kernel frees the lock of a process that dies.
+
+    Raises NotDurable where the folder cannot be made."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out_dir, os.O_RDONLY)
@@ -140,7 +144,7 @@ def locked(out_dir: Path) -> Iterator[None]:
 def all_in(out_dir: Path) -> list[Path]:
     """Every snapshot there, after what killed processes left is put right: a redaction that broke off is undone, the rest goes.
 
-    Hold `locked`."""
+    Hold `locked`. Raises NotDurable."""
     for left in out_dir.glob(".*/"):
         digest = left.name.split(".")[1]
         try:
@@ -150,6 +154,7 @@ def all_in(out_dir: Path) -> list[Path]:
                 shutil.rmtree(left)
         except OSError as exc:
             raise NotDurable(f"{left}, which a killed process left, cannot be put right: {exc.strerror}", retry_after_s=2) from exc
+    _settle(out_dir)
     return sorted(path for path in out_dir.iterdir() if (path / HEAD_FILE).exists())
 
 
@@ -193,13 +198,15 @@ def redacted(path: Path) -> bool:
 def redact(path: Path, erased: Mapping[str, int]) -> int:
     """Drop the rows of erased subjects (who asked or who rated) up to the stamp of their erasure, keep the leaves, mark the snapshot.
 
-    How many were dropped. Hold `locked`."""
+    How many were dropped. Hold `locked`. Raises NotDurable."""
     snapshot = load(path)
     kept = [row for row in snapshot.rows if not _gone(row.subject, row.rater, row.stamp, erased)]
     dropped = len(snapshot.rows) - len(kept)
     if dropped:
         head = json.loads((path / HEAD_FILE).read_text()) | {"redacted": True}
         _publish(path, kept, head)
+    else:
+        _settle(path.parent)
     return dropped
 
 
@@ -319,10 +326,22 @@ def _publish(target: Path, rows: list[Row], head: dict[str, object]) -> None:
         temporary.rename(target)
         _sync(target.parent)
     except OSError as exc:
-        raise NotDurable(f"snapshot {target} could not be written: {exc.strerror}") from exc
+        if old.exists() and not target.exists():
+            with contextlib.suppress(OSError):  # what cannot be put back here, `all_in` puts back
+                old.rename(target)
+        raise NotDurable(f"snapshot {target} could not be written: {exc.strerror}", retry_after_s=2) from exc
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """What is seen in the folder stays, also where whoever put it there failed or died before saying so. Raises NotDurable."""
+    try:
+        _sync(folder)
+    except OSError as exc:
+        raise NotDurable(f"the folder {folder} could not be written: {exc.strerror}", retry_after_s=2) from exc
 
 
 def _sync(path: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from feedback.clock import HybridClock, stamp_ms
+from feedback.database import configure, settle
 from feedback.errors import IdempotencyMismatch, NotDurable, PlauditError
 from feedback.events import Event, decode, encode, partition_key
 from feedback.log import Position, Record
@@ -49,9 +50,7 @@ def open_file(path: Path) -> sqlite3.Connection:
     """A connection in autocommit mode that waits up to 5 s for another writer of the same file."""
     db = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
     try:
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        db.execute("PRAGMA secure_delete=ON")  # a row that is moved or marked leaves no copy of itself in its page
+        configure(db)
         db.executescript(SCHEMA)
     except sqlite3.Error:
         db.close()
@@ -87,7 +86,12 @@ class SqliteLog:
         """Raises NotDurable. The clock never gives a stamp at or below a stored one."""
         try:
             db = open_file(self.path)
-            last = db.execute("SELECT value FROM events ORDER BY offset DESC LIMIT 1").fetchone()
+            try:
+                settle(db)
+                last = db.execute("SELECT value FROM events ORDER BY offset DESC LIMIT 1").fetchone()
+            except sqlite3.Error:
+                db.close()
+                raise
         except sqlite3.Error as exc:
             raise NotDurable(f"the event log {self.path} cannot be opened: {exc}", retry_after_s=RETRY_AFTER_S) from exc
         if last is not None and (event := parse(last[0])) is not None:

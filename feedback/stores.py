@@ -20,7 +20,7 @@ from sqlalchemy import Engine
 from feedback.archive import Archive
 from feedback.clock import HybridClock, wall_ms
 from feedback.config import Settings
-from feedback.database import open_database
+from feedback.database import open_database, sync_folder
 from feedback.errors import ConfigError, NotDurable
 from feedback.events import Event
 from feedback.keys import ApiKeys
@@ -28,7 +28,7 @@ from feedback.readers import GroupReader
 from feedback.relay import Relay
 from feedback.sqlite_log import SqliteLog, SqliteLogs, prune
 from feedback.subjects import Subjects
-from feedback.tokens import Tokens, sync_folder
+from feedback.tokens import Tokens
 
 MAX_PARTITIONS = 256
 MAX_OFFSET = 2**63 - 1

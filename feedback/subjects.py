@@ -134,14 +134,17 @@ class Subjects:
                 db.execute(update(erasures).where(erasures.c.subject == subject).values(stamp=stamp))
             if by is not None:
                 audit.record(db, by, "subject.erased", subject, reason)
-        self.scrub()
         self.forget(subject)
+        self.scrub()
         return destroyed
 
     def scrub(self) -> None:
         """The bytes of a destroyed key would otherwise survive in the write-ahead log until the next checkpoint. Raises NotDurable."""
         if self._engine.dialect.name == "sqlite":
-            held = self._engine.raw_connection()
+            try:
+                held = self._engine.raw_connection()
+            except sqlite3.Error as exc:
+                raise NotDurable(f"the registry's database cannot be opened: {exc}", retry_after_s=2) from exc
             try:
                 truncate_wal(cast(sqlite3.Connection, held.driver_connection), "the registry's database")
             finally:

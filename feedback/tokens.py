@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from sqlalchemy import Engine
 
 from feedback import audit
-from feedback.database import transaction
+from feedback.database import sync_folder, transaction
 from feedback.errors import ConfigError, Gone, NotAuthenticated, NotDurable
 from feedback.events import Model, Source
 
@@ -157,12 +157,3 @@ def rotate(path: Path, engine: Engine, by: str) -> None:
             sync_folder(path.parent)
     except OSError as exc:
         raise NotDurable(f"{path} could not be replaced: {exc.strerror}", retry_after_s=2) from exc
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync a folder: what was renamed in it stays renamed."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
