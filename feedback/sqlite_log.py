@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import sqlite3
 import threading
@@ -78,6 +79,7 @@ class SqliteLog:
         self._pending = 0
         self._lock = threading.Lock()
         self._closed = False
+        self._failed: sqlite3.Connection | None = None
         self._db: sqlite3.Connection | None = self._open()
         self._thread = threading.Thread(target=self._write_forever, name=f"log-{self.partition}", daemon=True)
         self._thread.start()
@@ -152,6 +154,7 @@ class SqliteLog:
             self._commit(batch)
             if ended:
                 break
+        self._let_go()
         if self._db is not None:
             self._db.close()
 
@@ -163,6 +166,7 @@ class SqliteLog:
         try:
             if self._db is None:
                 self._db = self._open()
+                self._let_go()
             self._db.execute("BEGIN IMMEDIATE")
             outcomes = [self._insert(self._db, request.events) for request in live]
             self._db.execute("COMMIT")
@@ -179,10 +183,19 @@ class SqliteLog:
                 request.done.set_result(outcome)
 
     def _abandon(self) -> None:
-        """After a full disk or an I/O error: forget the transaction and the connection; the next batch opens the file anew."""
+        """After a full disk or an I/O error: forget the transaction; the next batch opens the file anew.
+
+        Only then is this connection closed. Whoever opens a file that nobody has open reads its write-ahead log from the disk, and would
+        find there, and take for stored, what was just refused."""
         if self._db is not None:
-            self._db.close()
-            self._db = None
+            with contextlib.suppress(sqlite3.Error):
+                self._db.rollback()
+            self._failed, self._db = self._db, None
+
+    def _let_go(self) -> None:
+        if self._failed is not None:
+            self._failed.close()
+            self._failed = None
 
     def _insert(self, db: sqlite3.Connection, events: Sequence[Event]) -> list[Event] | IdempotencyMismatch:
         stored: list[Event] = []
@@ -226,6 +239,20 @@ class SqliteLogs:
         for path in paths:
             records += read_file(path, position.get(path.stem, 0), min(share, limit - len(records)))
         return records
+
+    def sync(self) -> None:
+        """fsync what can be read here, as what a killed process wrote last may not be. Raises NotDurable."""
+        for path in self.partitions():
+            try:
+                descriptor = os.open(f"{path}-wal", os.O_RDONLY)
+            except FileNotFoundError:  # all of it is in the database, fsynced
+                continue
+            try:
+                os.fsync(descriptor)
+            except OSError as exc:
+                raise NotDurable(f"the event log {path} could not be written: {exc.strerror}", retry_after_s=RETRY_AFTER_S) from exc
+            finally:
+                os.close(descriptor)
 
     def about(self, key: str) -> list[Event]:
         """Every event with this partition key (an interaction, a comparison, a subject), in no particular order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import hashlib
@@ -58,10 +59,14 @@ class Stores:
         """Append, and with `ack = "broker"` wait for Kafka too. Raises NotDurable while Kafka is away: the events then lie on this
         machine and get there later, so the same Idempotency-Key finds them."""
         stored = await self.log.append(events)
-        return stored, await self.confirm(stored)
+        return stored, await self._confirm(stored)
 
     async def confirm(self, stored: Sequence[Event]) -> Literal["local", "broker"]:
-        """What a 2xx for these stored events says: the same for a repeated request, which may ask after a 503. Raises NotDurable."""
+        """The same for a repeated request, whose events were found in the log: it may ask after a 503. Raises NotDurable."""
+        await asyncio.to_thread(self.logs.sync)
+        return await self._confirm(stored)
+
+    async def _confirm(self, stored: Sequence[Event]) -> Literal["local", "broker"]:
         if self.settings.feedback.ack == "local" or self.relay is None:
             return "local"
         await self.relay.delivered(stored, self.settings.feedback.ack_timeout_s)

@@ -157,14 +157,26 @@ def prepare(scenario: str, folder: Path) -> None:
 
 def check(scenario: str, folder: Path, said: list[str]) -> list[str]:
     """What is wrong with what lies in the folder after this was said about it."""
-    problems = [f"{path.name}: {fault}" for path in folder.rglob("*.sqlite") for fault in broken(path)]
+    problems = list(shown_early(said)) if scenario == "append" else []
+    problems += [f"{path.name}: {fault}" for path in folder.rglob("*.sqlite") for fault in broken(path)]
     if problems:
         return problems
-    promised = [line.split(" ", 1) for line in said if not line.startswith("refused")]
+    promised = [line.split(" ", 1) for line in said if not line.startswith(("refused", "shown"))]
     try:
         return list(CHECKS[scenario](folder, {what: [line[-1] for line in promised if line[0] == what] for what, *_ in promised}))
     except (PlauditError, sqlite3.Error) as exc:
         return [f"cannot be read: {exc!r}"]
+
+
+def shown_early(said: list[str]) -> Iterator[str]:
+    """What a reader could see of what had been refused."""
+    acknowledged: set[str] = set()
+    for line in said:
+        what, *ids = line.split()
+        if what == "stored":
+            acknowledged |= set(ids)
+        elif what == "shown" and not acknowledged.issuperset(ids):
+            yield f"{line} was refused and is shown"
 
 
 def broken(path: Path) -> list[str]:

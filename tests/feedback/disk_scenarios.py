@@ -27,7 +27,7 @@ from feedback.clock import HybridClock
 from feedback.database import truncate_wal
 from feedback.errors import ConfigError, Gone, NotDurable
 from feedback.events import Sealed, StartedText
-from feedback.sqlite_log import SqliteLog
+from feedback.sqlite_log import SqliteLog, SqliteLogs
 from feedback.stores import Stores
 
 T = TypeVar("T")
@@ -56,12 +56,19 @@ class Run:
                 return what()
             except (NotDurable, ConfigError) as refusal:
                 self.say(f"refused {refusal.message}")
+                self.look()
                 if self.stops:
                     os._exit(REFUSED)
                 if last or os.environ["FAIL_IO_FOR_EVER"] != "1":
                     break
         os.environ["FAIL_IO_K"] = "0"
         return what()
+
+    def look(self) -> None:
+        """What another process would find in the log after a refusal, and could take for stored."""
+        with contextlib.suppress(NotDurable):
+            seen = SqliteLogs(self.folder / "log").read({}, 1000)
+            self.say("shown " + " ".join(record.event.event_id for record in seen if record.event))
 
     def stores(self) -> Stores:
         return self.insist(lambda: stores_in(self.folder))
@@ -160,6 +167,8 @@ def plant(careless: str) -> None:
         vars(sqlite_log).update(open_file=lightly)
     elif careless == "unsettled":
         vars(sqlite_log).update(settle=lambda db: None)
+    elif careless == "forthcoming":
+        SqliteLog._abandon = _close  # type: ignore[method-assign,assignment]
     elif careless == "undurable mode":
         vars(sqlite_log).update(settle=lambda db: None)
 
@@ -168,6 +177,12 @@ def plant(careless: str) -> None:
                 db.execute(f"PRAGMA {pragma}")
 
         vars(sqlite_log).update(configure=without_asking)
+
+
+def _close(log: SqliteLog) -> None:
+    if log._db is not None:
+        log._db.close()
+        log._db = None
 
 
 def work(job: dict[str, Any]) -> int:
