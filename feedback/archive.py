@@ -323,7 +323,7 @@ def _keep(db: sqlite3.Connection, event: Event) -> int:
         (event.event_id, event.type, event.stamp, partition_key(event), subject, encode(event)),
     ).rowcount
     if not added:
-        _keep_later(db, event)
+        _keep_earlier(db, event)
         return 0
     if isinstance(event, InteractionStarted):
         row = (event.interaction_id, event.comparison_id, event.side, event.stamp >> COUNTER_BITS)
@@ -341,13 +341,18 @@ def _keep(db: sqlite3.Connection, event: Event) -> int:
     return 1
 
 
-def _keep_later(db: sqlite3.Connection, event: Event) -> None:
-    """An event that is there already. Two gateways that got the same request at once gave it two stamps: the greater one counts,
+def _keep_earlier(db: sqlite3.Connection, event: Event) -> None:
+    """An event that is there already. Two gateways that got the same request gave it two stamps: the lesser one counts (see `fold`),
     whichever arrives first."""
     row = (event.stamp, encode(event), event.event_id, event.stamp)
-    changed = db.execute("UPDATE events SET stamp = ?, value = ? WHERE event_id = ? AND stamp < ?", row).rowcount
-    if changed and isinstance(event, FeedbackGiven | FeedbackCleared):
-        _say(db, event)
+    changed = db.execute("UPDATE events SET stamp = ?, value = ? WHERE event_id = ? AND stamp > ?", row).rowcount
+    if not changed or not isinstance(event, FeedbackGiven | FeedbackCleared):
+        return
+    db.execute("DELETE FROM said WHERE target = ? AND rater = ? AND slot = ?", (event.target, event.rater, event.slot))
+    for (value,) in db.execute("SELECT value FROM events WHERE about = ? AND subject = ?", (event.target, event.rater)).fetchall():
+        said = decode(value)
+        if isinstance(said, FeedbackGiven | FeedbackCleared) and said.slot == event.slot:
+            _say(db, said)
 
 
 def _say(db: sqlite3.Connection, event: FeedbackGiven | FeedbackCleared) -> None:

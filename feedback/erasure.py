@@ -91,6 +91,8 @@ def erase(stores: Stores, subject: str, actor: str, reason: str, then: Then | No
         stores.archive.ingest(stores.logs)
         stamp = stores.archive.erased(subject)
         if not stamp or stores.subjects.alive(subject) or stores.archive.heard(subject, stamp):
+            # What they said by a gateway whose clock is ahead of this one's has to lie before the erasure too.
+            stores.clock.observe(stores.archive.as_of())
             event = SubjectErased(event_id=new_id(), tenant=stores.settings.feedback.tenant, subject=subject)
             stamp = stores.log.append_sync([event])[0].stamp
         return _complete(stores, subject, stamp, actor, reason, then)

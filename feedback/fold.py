@@ -17,15 +17,22 @@ Cell = tuple[str, str, Slot]
 def fold(events: Iterable[Event]) -> dict[Cell, Said]:
     """The last word in every cell; a cleared cell stays as the clearing event, so that an older rating arriving later does not return.
 
-    The result depends neither on the order of the events nor on how often each one appears.
+    An event that appears with several stamps was sent again to another gateway. The least counts: what the person said next is later than
+    the stamp that they heard of, which may be any of them. The result depends neither on the order of the events nor on how often each
+    one appears.
     """
-    last: dict[Cell, Said] = {}
+    first: dict[str, Said] = {}
     for event in events:
         if isinstance(event, FeedbackGiven | FeedbackCleared):
-            cell = (event.target, event.rater, event.slot)
-            held = last.get(cell)
-            if held is None or (held.stamp, held.event_id) < (event.stamp, event.event_id):
-                last[cell] = event
+            known = first.get(event.event_id)
+            if known is None or event.stamp < known.stamp:
+                first[event.event_id] = event
+    last: dict[Cell, Said] = {}
+    for said in first.values():
+        cell = (said.target, said.rater, said.slot)
+        held = last.get(cell)
+        if held is None or (held.stamp, held.event_id) < (said.stamp, said.event_id):
+            last[cell] = said
     return last
 
 
@@ -50,4 +57,5 @@ def current_state(archive: Archive, logs: SqliteLogs, target: str, rater: str) -
         if whose == rater and isinstance(event, FeedbackGiven):
             slots[slot] = event
     words = [event for event in known if isinstance(event, FeedbackGiven | FeedbackCleared) and event.rater == rater]
-    return CurrentState(slots, as_of, {event.event_id: event for event in sorted(words, key=lambda event: event.stamp)})
+    words.sort(key=lambda event: -event.stamp)  # so that of two copies the one that counts is kept
+    return CurrentState(slots, as_of, {event.event_id: event for event in words})

@@ -59,6 +59,20 @@ def test_the_fold_keeps_the_greatest_stamp_and_then_id(events: list[Said]) -> No
         assert last == sorted(rivals, key=lambda event: (event.stamp, event.event_id))[-1]
 
 
+@pytest.mark.parametrize("late_copy_first", [False, True])
+def test_a_request_that_two_gateways_committed_counts_from_its_lesser_stamp(tmp_path: Path, late_copy_first: bool) -> None:
+    """Up, sent again to another gateway because the first one hung; then down; then the first one commits up after all."""
+    up, down = rating("i", "r", "up", event_id="up", stamp=10), rating("i", "r", "down", event_id="down", stamp=20)
+    late = up.model_copy(update={"stamp": 30})
+    arriving: list[Said] = [late, down, up] if late_copy_first else [up, down, late]
+    assert fold(arriving) == {("i", "r", "rating"): down}
+    archive = Archive(tmp_path / "archive.sqlite")
+    assert archive.ingest(Listed(arriving)) == 2
+    assert archive.state("i") == {("r", "rating"): down}
+    assert archive.events("feedback.given") == [up, down]
+    archive.close()
+
+
 @settings(deadline=None, max_examples=30)
 @given(events=said(), random=st.randoms(use_true_random=False))
 def test_the_archive_holds_what_the_fold_says_in_whatever_order_events_come(

@@ -138,6 +138,17 @@ def test_the_control_a_step_that_is_left_out_is_seen(tmp_path: Path, monkeypatch
     stores.close()
 
 
+def test_what_a_gateway_whose_clock_is_ahead_wrote_goes_too(tmp_path: Path) -> None:
+    ahead = stores_in(tmp_path)
+    ahead.clock.observe(ahead.clock.tick() + (60_000 << 16))  # a minute
+    stores = stores_in(tmp_path, "operator")
+    ahead.log.append_sync([*answered(ahead, "i1", "anna", "Anna's answer"), rating("i1", "anna", "up")])
+    assert erasure.erase(stores, "anna", "mara", "she asked").rows == 3
+    assert stores.archive.current() == [] and left_of_anna(tmp_path) == []
+    ahead.close()
+    stores.close()
+
+
 def test_the_outbox_keeps_the_erasure_and_other_peoples_rows(tmp_path: Path) -> None:
     stores = two_people(tmp_path)
     erasure.erase(stores, "anna", "mara", "she asked")

@@ -233,7 +233,7 @@ def plant_forgotten_keys(patch: pytest.MonkeyPatch) -> None:
 
 def plant_first_copy(patch: pytest.MonkeyPatch) -> None:
     """Of two stamps of one event the archive keeps the one that arrives first."""
-    patch.setattr("feedback.archive._keep_later", lambda db, event: None)
+    patch.setattr("feedback.archive._keep_earlier", lambda db, event: None)
 
 
 @pytest.mark.parametrize("plant", [plant_by_arrival, plant_deaf_clock, plant_forgotten_keys, plant_first_copy])

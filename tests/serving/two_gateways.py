@@ -127,7 +127,9 @@ class Word:
 
 @dataclass
 class Model:
-    """What one person said about one answer: in each slot the acknowledged word with the greatest (version, id) counts."""
+    """What one person said about one answer: in each slot the acknowledged word with the greatest (version, id) counts.
+
+    Of two versions of one word, from two gateways, the lesser one is its."""
 
     words: dict[str, Word] = field(default_factory=dict)
 
@@ -136,7 +138,7 @@ class Model:
 
     def hear(self, word: Word) -> None:
         known = self.words.get(word.feedback_id)
-        if known is None or known.version < word.version:
+        if known is None or word.version < known.version:
             self.words[word.feedback_id] = word
 
     def last(self) -> dict[str, Word]:
