@@ -8,6 +8,7 @@ Idempotency-Key, to any gateway; only where no attempt can have had an effect is
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import time
@@ -50,12 +51,19 @@ class Site:
     """A person's longest pause."""
     lose_share: float = 0.0
     """Share of acknowledgements that are lost on their way to the person, who then sends the same again to another gateway."""
+    hedge_share: float = 0.0
+    """Share of requests that are sent to two gateways at once; the answer of one is not waited for."""
     leave_share: float = 0.0
     """Share of people who are erased or withdraw in the end."""
     errors: list[int] = field(default_factory=list)
     """Every 5xx answer to feedback."""
     tokens: dict[Cell, str] = field(default_factory=dict)
     """With which everything that was said may be read again."""
+    hedges: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def settled(self) -> None:
+        """No request is under way any more."""
+        await asyncio.gather(*self.hedges)
 
 
 class Person:
@@ -187,10 +195,12 @@ class Person:
         """The status and the reply; status 0 where nobody knows whether it took effect."""
         unsure = False
         timeout_s = self.site.timeout_s if path == SAY else LEAVE_TIMEOUT_S
+        every = {"Authorization": f"Feedback {token}", **headers}
         url = self._url()
+        if path == SAY and self.luck.random() < self.site.hedge_share:
+            self._hedge(url, body, every)
         for _ in range(self.site.attempts):
             try:
-                every = {"Authorization": f"Feedback {token}", **headers}
                 async with self.site.http.post(url + path, json=body, headers=every, timeout=self._timeout(timeout_s)) as reply:
                     told = await reply.json()
                 if reply.status < 500 and self.luck.random() >= self.site.lose_share:
@@ -205,6 +215,16 @@ class Person:
             await asyncio.sleep(RETRY_S)
             url = self._url()
         return 0, {}
+
+    def _hedge(self, url: str, body: dict[str, Any], headers: dict[str, str]) -> None:
+        """Send the same to the other gateways, and do not look at the answers."""
+
+        async def send(other: str) -> None:
+            with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+                async with self.site.http.post(other + SAY, json=body, headers=headers, timeout=self._timeout(LEAVE_TIMEOUT_S)) as reply:
+                    await reply.read()
+
+        self.site.hedges.update(asyncio.create_task(send(other)) for other in self.site.urls() if other != url)
 
     def _url(self) -> str:
         return self.luck.choice(self.site.urls())
