@@ -13,7 +13,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,8 @@ MAX_PENDING = 20_000
 MAX_BATCH = 2_000
 RETRY_AFTER_S = 2
 PRUNED_AT_ONCE = 500
+MAX_IDLE = 8
+"""Connections to one partition that are kept for the next question."""
 
 
 def open_file(path: Path) -> sqlite3.Connection:
@@ -227,6 +229,13 @@ class SqliteLogs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._idle: dict[tuple[Path, int], list[sqlite3.Connection]] = {}
+
+    def close(self) -> None:
+        """Release files."""
+        while self._idle:
+            for db in self._idle.popitem()[1]:
+                db.close()
 
     def partitions(self) -> list[Path]:
         return sorted(self.folder.glob("*.sqlite"))
@@ -258,10 +267,32 @@ class SqliteLogs:
         """Every event with this partition key (an interaction, a comparison, a subject), in no particular order."""
         found: list[Event] = []
         for path in self.partitions():
-            for record in _select(path, "partition_key = ? ORDER BY offset", (key,)):
-                if record.event is not None:
-                    found.append(record.event)
+            with self._reader(path) as db:
+                records = _query(db, path, "partition_key = ? ORDER BY offset", (key,))
+            found += [record.event for record in records if record.event is not None]
         return found
+
+    @contextlib.contextmanager
+    def _reader(self, path: Path) -> Iterator[sqlite3.Connection]:
+        """A connection that is kept for the next question, because opening one takes longer than asking. Between two questions it holds
+        nothing back. Those to a file that was replaced meanwhile are not used again."""
+        try:
+            idle = self._idle.setdefault((path, path.stat().st_ino), [])
+        except OSError as exc:
+            raise NotDurable(f"the event log {path} cannot be read: {exc.strerror}", retry_after_s=RETRY_AFTER_S) from exc
+        try:
+            db = idle.pop()
+        except IndexError:
+            db = _connect(path)
+        try:
+            yield db
+        except BaseException:
+            db.close()
+            raise
+        if len(idle) < MAX_IDLE:
+            idle.append(db)
+        else:
+            db.close()
 
     def last_stamp(self) -> int:
         """The greatest stamp that is stored, 0 for none."""
@@ -275,13 +306,21 @@ def read_file(path: Path, start: int, limit: int) -> list[Record]:
 
 
 def _select(path: Path, where: str, arguments: tuple[object, ...]) -> list[Record]:
-    # A connection of its own, closed at once: a long-lived reader would keep the WAL from being reset.
+    with contextlib.closing(_connect(path)) as db:
+        return _query(db, path, where, arguments)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
     try:
-        db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0)
-        try:
-            rows = db.execute(f"SELECT offset, value FROM events WHERE {where}", arguments).fetchall()
-        finally:
-            db.close()
+        return sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0, check_same_thread=False)
+    except sqlite3.Error as exc:
+        raise NotDurable(f"the event log {path} cannot be read: {exc}", retry_after_s=RETRY_AFTER_S) from exc
+
+
+def _query(db: sqlite3.Connection, path: Path, where: str, arguments: tuple[object, ...]) -> list[Record]:
+    # All at once: a statement that is not read to its end would keep the write-ahead log from being begun anew.
+    try:
+        rows = db.execute(f"SELECT offset, value FROM events WHERE {where}", arguments).fetchall()
     except sqlite3.Error as exc:
         if "no such table" in str(exc):  # another process is just creating it
             return []

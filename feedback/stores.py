@@ -114,6 +114,7 @@ class Stores:
             self.relay.close()
         if self.reader is not None:
             self.reader.close()
+        self.logs.close()  # before the log, which empties its write-ahead log where nobody else has it open
         self.log.close()
         self.archive.close()
         self.engine.dispose()
