@@ -31,6 +31,7 @@ import numpy as np
 
 from benchmarks.gateway import MODEL, gateway
 from benchmarks.harness import ROOT, Report, quick
+from feedback.config import LimitSettings
 from serving.chat import Gateway
 
 RATE = 200
@@ -46,13 +47,15 @@ ENDED = 400
 """Answers that had ended before the measurement."""
 ARCHIVE_EVERY_S = 0.5
 SLEEP_S, STALL_S, STALL_EVERY_S = 0.06, 0.4, 2.0
+LIMITS = LimitSettings(chat_per_minute=0, streams_per_key=0, changes=1000)
+"""What people say is counted as in the service; but one application asks for everybody, and they change their minds often."""
 FAULTS = ("sleeps", "waits", "stalls")
 TICK = os.sysconf("SC_CLK_TCK")
 
 
 def serve(data_dir: Path, fault: str) -> None:
     """The gateway's process: says its address and the key, and ends when nobody listens any more."""
-    with gateway(data_dir, token_s=WORD_S) as running:
+    with gateway(data_dir, limits=LIMITS, token_s=WORD_S) as running:
         _, secret = running.stores.api_keys.create("benchmark", ("chat", "feedback"))
         if fault != "none":
             plant(running.app.state.gateway, fault)
