@@ -20,7 +20,7 @@ import structlog
 from pydantic import ValidationError
 
 from feedback.clock import COUNTER_BITS, wall_ms
-from feedback.database import configure, settle
+from feedback.database import configure, report_damage, settle, told
 from feedback.errors import ConfigError, Conflict, NotDurable
 from feedback.events import (
     SCHEMA_VERSION,
@@ -96,9 +96,10 @@ class Archive:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=30.0, check_same_thread=False)
             configure(self._db)
             self._db.executescript(SCHEMA)
+            report_damage(self._db)
             settle(self._db)
         except sqlite3.Error as exc:
-            raise NotDurable(f"the archive {path} cannot be opened: {exc}", retry_after_s=2) from exc
+            raise NotDurable(f"the archive {path} cannot be opened: {told(exc)}", retry_after_s=2) from exc
         self._meet_version()
 
     def _meet_version(self) -> None:
@@ -294,7 +295,7 @@ class Archive:
             try:
                 return self._db.execute(query, arguments).fetchall()
             except sqlite3.Error as exc:
-                raise NotDurable(f"the archive {self.path} cannot be read: {exc}", retry_after_s=2) from exc
+                raise NotDurable(f"the archive {self.path} cannot be read: {told(exc)}", retry_after_s=2) from exc
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -308,7 +309,7 @@ class Archive:
                     raise
                 self._db.execute("COMMIT")
             except sqlite3.Error as exc:
-                raise NotDurable(f"the archive {self.path} could not be written: {exc}", retry_after_s=2) from exc
+                raise NotDurable(f"the archive {self.path} could not be written: {told(exc)}", retry_after_s=2) from exc
 
 
 def _keep(db: sqlite3.Connection, event: Event) -> int:

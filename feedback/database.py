@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import structlog
 from sqlalchemy import Connection, Engine, MetaData, Table, create_engine, event, insert, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -20,6 +23,8 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from feedback.errors import ConfigError, NotDurable
 
 COPY_BYTES = 1 << 20
+
+log = structlog.get_logger()
 
 
 def open_database(url: str) -> Engine:
@@ -44,6 +49,7 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
 
 
 def _settle_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+    report_damage(connection)
     settle(connection)
 
 
@@ -75,6 +81,54 @@ def settle(db: sqlite3.Connection) -> None:
         raise sqlite3.OperationalError(f"what is in its write-ahead log cannot be made durable: {exc.strerror}") from exc
     finally:
         db.execute("ROLLBACK")
+
+
+def report_damage(db: sqlite3.Connection) -> int:
+    """Whether the write-ahead log ends in transactions that SQLite leaves out, because they or something before them is not whole.
+
+    After a crash this may be the one that was being written. More, or one after a power cut, may have been acknowledged: so the log is
+    copied before it is written over, and that is said. How many. Raises sqlite3.Error."""
+    file = db.execute("PRAGMA database_list").fetchone()[2]
+    if not file:
+        return 0
+    wal = Path(f"{file}-wal")
+    try:
+        with wal.open("rb") as whole, Path(f"{file}-shm").open("rb") as index:
+            left_out = _left_out(whole, int.from_bytes(index.read(20)[16:], sys.byteorder))
+        if left_out:
+            kept = wal.with_name(f"{wal.name}.{time.time_ns() // 1_000_000}.damaged")
+            shutil.copyfile(wal, kept)
+            log.error(
+                "the end of a write-ahead log cannot be read",
+                file=str(wal),
+                transactions=left_out,
+                kept=str(kept),
+                next_step="if the machine lost power or the disk failed, compare with a backup; otherwise delete the copy",
+            )
+    except FileNotFoundError:
+        return 0
+    except OSError as exc:
+        raise sqlite3.OperationalError(f"its write-ahead log cannot be looked at: {exc.strerror}") from exc
+    return left_out
+
+
+def _left_out(wal: BinaryIO, valid: int) -> int:
+    """Commits of this generation of the log behind its valid frames. Layout: https://www.sqlite.org/walformat.html."""
+    header = wal.read(32)
+    if len(header) < 32:
+        return 0
+    page, salts, commits = int.from_bytes(header[8:12], "big"), header[16:24], 0
+    wal.seek(32 + valid * (24 + page))
+    while len(frame := wal.read(24)) == 24:
+        commits += frame[8:16] == salts and frame[4:8] != bytes(4)
+        wal.seek(page, os.SEEK_CUR)
+    return commits
+
+
+def told(exc: sqlite3.Error) -> str:
+    """SQLite's reason, with the next step where the file itself is broken."""
+    broken = "malformed" in str(exc) or "not a database" in str(exc)
+    return f"{exc}; the file is damaged: keep a copy of it and bring it back from a backup with `plaudit restore`" if broken else str(exc)
 
 
 def _write_again(path: Path) -> None:

@@ -18,10 +18,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import structlog
 from pydantic import ValidationError
 
 from feedback.clock import HybridClock, stamp_ms
-from feedback.database import configure, settle
+from feedback.database import configure, report_damage, settle, told
 from feedback.errors import IdempotencyMismatch, NotDurable, PlauditError
 from feedback.events import Event, decode, encode, partition_key
 from feedback.log import Position, Record
@@ -48,6 +49,8 @@ PRUNED_AT_ONCE = 500
 MAX_IDLE = 8
 """Connections to one partition that are kept for the next question."""
 
+log = structlog.get_logger()
+
 
 def open_file(path: Path) -> sqlite3.Connection:
     """A connection in autocommit mode that waits up to 5 s for another writer of the same file."""
@@ -70,9 +73,11 @@ class _Request:
 
 
 class SqliteLog:
-    """One partition and its writer thread. `clock` is shared with whoever else gives stamps in this process."""
+    """One partition and its writer thread. `clock` is shared with whoever else gives stamps in this process.
 
-    def __init__(self, path: Path, clock: HybridClock) -> None:
+    `archived` is the offset that the archive reads next: below it none is given out, because nobody would read what has it."""
+
+    def __init__(self, path: Path, clock: HybridClock, archived: int = 1) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.partition = path.stem
@@ -81,6 +86,7 @@ class SqliteLog:
         self._pending = 0
         self._lock = threading.Lock()
         self._closed = False
+        self._archived = archived
         self._failed: sqlite3.Connection | None = None
         self._db: sqlite3.Connection | None = self._open()
         self._thread = threading.Thread(target=self._write_forever, name=f"log-{self.partition}", daemon=True)
@@ -91,16 +97,35 @@ class SqliteLog:
         try:
             db = open_file(self.path)
             try:
+                if self._failed is None:  # behind a failed write there is what it left
+                    report_damage(db)
                 settle(db)
+                self._skip_archived(db)
                 last = db.execute("SELECT value FROM events ORDER BY offset DESC LIMIT 1").fetchone()
             except sqlite3.Error:
                 db.close()
                 raise
         except sqlite3.Error as exc:
-            raise NotDurable(f"the event log {self.path} cannot be opened: {exc}", retry_after_s=RETRY_AFTER_S) from exc
+            raise NotDurable(f"the event log {self.path} cannot be opened: {told(exc)}", retry_after_s=RETRY_AFTER_S) from exc
         if last is not None and (event := parse(last[0])) is not None:
             self.clock.observe(event.stamp)
         return db
+
+    def _skip_archived(self, db: sqlite3.Connection) -> None:
+        row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
+        following = (row[0] if row else 0) + 1
+        if following >= self._archived:
+            return
+        log.error(
+            "an event log lost what the archive has read from it",
+            file=str(self.path),
+            lost=self._archived - following,
+            next_step="the archive has these events; if more was lost than this file, bring a backup back",
+        )
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("DELETE FROM sqlite_sequence WHERE name = 'events'")
+        db.execute("INSERT INTO sqlite_sequence VALUES ('events', ?)", (self._archived - 1,))
+        db.execute("COMMIT")
 
     async def append(self, events: Sequence[Event]) -> list[Event]:
         """See `EventLog.append`."""
@@ -174,7 +199,8 @@ class SqliteLog:
             self._db.execute("COMMIT")
         except (sqlite3.Error, NotDurable) as exc:
             self._abandon()
-            reason = f"the event log {self.path.name} could not be written: {exc}"
+            why = told(exc) if isinstance(exc, sqlite3.Error) else exc.message
+            reason = f"the event log {self.path.name} could not be written: {why}"
             outcomes = [NotDurable(reason, retry_after_s=RETRY_AFTER_S) for _ in live]
         with self._lock:
             self._pending -= sum(len(request.events) for request in batch)
@@ -324,7 +350,7 @@ def _query(db: sqlite3.Connection, path: Path, where: str, arguments: tuple[obje
     except sqlite3.Error as exc:
         if "no such table" in str(exc):  # another process is just creating it
             return []
-        raise NotDurable(f"the event log {path} cannot be read: {exc}", retry_after_s=RETRY_AFTER_S) from exc
+        raise NotDurable(f"the event log {path} cannot be read: {told(exc)}", retry_after_s=RETRY_AFTER_S) from exc
     return [Record(path.stem, offset, parse(value), value) for offset, value in rows]
 
 

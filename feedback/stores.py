@@ -139,15 +139,17 @@ def open_stores(settings: Settings, process: str = "gateway") -> Stores:
     subjects = Subjects(engine, kek, pseudonym)
     logs = SqliteLogs(data_dir / "log")
     clock = HybridClock()
-    clock.observe(logs.last_stamp())
-    log = SqliteLog(path, clock)
+    archive = Archive(data_dir / "archive.sqlite")
+    clock.observe(max(logs.last_stamp(), archive.as_of()))
+    embedded = settings.kafka.bootstrap is None  # with Kafka the archive's positions are the topic's
+    partition = SqliteLog(path, clock, archive.positions().get(path.stem, 1) if embedded else 1)
     return Stores(
         settings=settings,
         engine=engine,
         clock=clock,
-        log=log,
+        log=partition,
         logs=logs,
-        archive=Archive(data_dir / "archive.sqlite"),
+        archive=archive,
         subjects=subjects,
         tokens=Tokens(token_keys(settings)),
         api_keys=ApiKeys(engine),

@@ -21,6 +21,7 @@ from feedback.config import FeedbackSettings, KafkaSettings, Settings
 from feedback.errors import ConfigError, Conflict, Gone, InvalidInput, NotDurable, NotFound
 from feedback.events import Event, StartedText, encode
 from feedback.log import Position, Record
+from feedback.sqlite_log import SqliteLog
 from feedback.stores import Stores
 
 
@@ -351,10 +352,12 @@ def with_a_rating_in_between(stores: Stores, partitions_first: bool) -> Callable
     return copy
 
 
-@pytest.mark.parametrize("partitions_first", [False, True])
+@pytest.mark.parametrize(("partitions_first", "skips"), [(False, False), (True, False), (True, True)])
 def test_events_committed_while_it_is_copied_are_read_after_the_restore(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partitions_first: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partitions_first: bool, skips: bool
 ) -> None:
+    if not skips:  # the log passes over offsets that the archive has read; the right order needs no such help
+        monkeypatch.setattr(SqliteLog, "_skip_archived", lambda *_: None)
     stores = stores_in(tmp_path / "data")
     stores.log.append_sync([rating("i", "anna", "up", event_id="before")])
     stores.ingest()
@@ -366,8 +369,8 @@ def test_events_committed_while_it_is_copied_are_read_after_the_restore(
     there.log.append_sync([rating("j", "ben", "up", event_id="after")])
     there.ingest()
     found = {event.event_id for event in there.archive.current()}
-    # In the wrong order the archive has read offset 2, which the copied partition gives out again: `after` is never read.
-    assert found == ({"during"} if partitions_first else {"during", "after"})
+    # In the wrong order the archive has read offset 2, which the copied partition would give out again: `after` would never be read.
+    assert found == ({"during"} if partitions_first and not skips else {"during", "after"})
     there.close()
 
 

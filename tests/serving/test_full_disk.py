@@ -15,7 +15,7 @@ from serving_world import World, eventually, serve
 
 from feedback.config import FeedbackSettings, Settings
 from feedback.errors import ConfigError, NotDurable
-from feedback.events import FeedbackGiven
+from feedback.events import Event, FeedbackGiven
 from feedback.sqlite_log import SqliteLogs
 from feedback.stores import open_stores
 from serving.config import RecordSettings
@@ -56,9 +56,9 @@ def fill(place: Path) -> Path:
 
 
 def rate_until_refused(world: World, token: str) -> tuple[list[str], int]:
-    """Change a rating again and again, as the log may have room left in files that it has; what was acknowledged, and the refusal's status."""
+    """Comment again and again, as the log may have room left in files that it has; what was acknowledged, and the refusal's status."""
     acknowledged: list[str] = []
-    for number in range(2_000):
+    for number in range(400):
         said = {"kind": "comment", "comment": f"{number} " + "x" * 2_000}
         reply = world.feedback(token, said)
         if reply.status_code != 200:
@@ -137,3 +137,22 @@ def test_a_read_only_disk_is_named_at_start_and_what_it_holds_is_served_again(di
         assert world.feedback(token, {"kind": "rating", "value": "down"}).status_code == 200
     assert stored(place)[0] == kept
     assert_whole(place)
+
+
+@pytest.mark.slow
+def test_the_control_that_takes_a_full_disk_for_a_success_is_caught(disk: tuple[Path, Disk], monkeypatch: pytest.MonkeyPatch) -> None:
+    place, _ = disk
+    with serve(place) as world:
+        append = world.stores.log.append
+
+        async def hopeful(events: list[Event]) -> list[Event]:
+            try:
+                return await append(events)
+            except NotDurable:
+                return events
+
+        monkeypatch.setattr(world.stores.log, "append", hopeful)
+        token = world.chat().headers["plaudit-feedback-token"]
+        fill(place)
+        with pytest.raises(AssertionError, match="took everything"):
+            rate_until_refused(world, token)
