@@ -86,7 +86,11 @@ def away(settings: KafkaSettings, exc: Exception) -> PlauditError:
     if isinstance(exc, (errors.AuthorizationError, errors.SaslAuthenticationFailedError, errors.UnsupportedSaslMechanismError)):
         told = f"Kafka at {settings.bootstrap} refuses this client ({exc}); check the sasl_ and ssl_ settings of [kafka] and its ACLs"
         return NotDurable(told, field="kafka.security_protocol", retry_after_s=RETRY_AFTER_S)
-    told = f"Kafka at {settings.bootstrap} does not answer ({exc}); events wait on this machine until it does"
+    # The library says of a refused certificate or login only that it could not connect.
+    told = (
+        f"Kafka at {settings.bootstrap} does not answer over {settings.security_protocol} ({exc}); events wait on this machine until it "
+        "does; where it runs, check security_protocol and the sasl_ and ssl_ settings of [kafka]"
+    )
     return NotDurable(told, field="kafka.bootstrap", retry_after_s=RETRY_AFTER_S)
 
 

@@ -110,7 +110,8 @@ class Relay:
         return {path.stem for path in self._held}
 
     def _run(self) -> None:
-        looked, asked = time.monotonic(), -TOPIC_S
+        # A short command that has nothing to send ends before it has asked anything.
+        looked, asked = time.monotonic(), time.monotonic() - TOPIC_S + LOOK_S
         while not self._stop.is_set():
             self._wake.clear()
             try:

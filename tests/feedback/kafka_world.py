@@ -22,7 +22,7 @@ MARKS = [
     # kafka-python 3.0 reads its protocol files with a function that Python 3.11 and 3.12 call deprecated,
     pytest.mark.filterwarnings(r"ignore:\w+ is deprecated. Use files:DeprecationWarning"),
     # and leaves sockets to the garbage collector where its broker goes away.
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed <(socket|ssl):ResourceWarning"),
     pytest.mark.usefixtures("sockets_collected"),
 ]
 
