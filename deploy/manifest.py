@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from feedback.errors import Conflict, InvalidInput, NotFound
+from feedback.files import sync
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -167,15 +167,15 @@ def write_adapter(source: Path, out_root: Path, fields: ManifestFields) -> tuple
         (staging / MANIFEST).write_bytes(manifest.canonical())
         for name in (CONFIG, WEIGHTS, MANIFEST):
             (staging / name).chmod(0o444)
-            _fsync(staging / name)
-        _fsync(staging)
+            sync(staging / name)
+        sync(staging)
         target = out_root / manifest.adapter_id
         try:
             staging.rename(target)
         except OSError:
             # The folder is there already and full: the same id means the same bytes, or the store is damaged.
             verify(target)
-        _fsync(out_root)
+        sync(out_root)
         return manifest.adapter_id, target
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -293,11 +293,3 @@ def _checked_peft(source: Path) -> dict[str, JsonValue]:
             "value and reward heads stay in the trainer"
         )
     return peft
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

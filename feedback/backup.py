@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import secrets
 import sqlite3
 from pathlib import Path
@@ -22,9 +21,10 @@ from pydantic import ValidationError
 
 from feedback import audit, erasure, snapshot
 from feedback.clock import wall_ms
-from feedback.database import sync_folder, transaction
+from feedback.database import transaction
 from feedback.errors import ConfigError, InvalidInput, NotDurable, NotFound
 from feedback.events import SCHEMA_VERSION, Model
+from feedback.files import new_file, sync, sync_folders
 from feedback.stores import Stores
 
 MANIFEST = "backup.json"
@@ -97,8 +97,7 @@ def backup(stores: Stores, out: Path, actor: str, *, keys: bool = True, registry
             without=(*(() if keys else ("keys",)), *(() if registry else ("registry",))),
             files=copy.entries,
         )
-        for folder in (out, *(path for path in out.rglob("*") if path.is_dir())):
-            sync_folder(folder)
+        sync_folders(out)
         audit.open_audit(stores.engine)
         with transaction(stores.engine) as db:
             audit.record(db, actor, "backup.made", manifest_digest(manifest)[:64], str(out.resolve()))
@@ -131,14 +130,11 @@ def copy_file(source: Path, target: Path) -> Entry:
     """Copy, fsync and hash what was written."""
     digest, size = hashlib.sha256(), 0
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with source.open("rb") as reading, os.fdopen(descriptor, "wb") as writing:
+    with source.open("rb") as reading, new_file(target) as writing:
         while chunk := reading.read(CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
             writing.write(chunk)
-        writing.flush()
-        os.fsync(writing.fileno())
     return Entry(size_bytes=size, sha256=digest.hexdigest())
 
 
@@ -193,9 +189,7 @@ def _refuse_place(out: Path, data_dir: Path) -> None:
 
 def _write_manifest(out: Path, manifest: Manifest) -> None:
     temporary = out / f".{MANIFEST}.{secrets.token_hex(4)}"
-    with temporary.open("wb") as file:
+    with new_file(temporary) as file:
         file.write(manifest.model_dump_json(indent=1).encode())
-        file.flush()
-        os.fsync(file.fileno())
     temporary.rename(out / MANIFEST)
-    sync_folder(out)
+    sync(out)

@@ -1,4 +1,4 @@
-"""Opening the database that holds the registry, the API keys and the subjects' keys.
+"""Opening the database that holds the registry, the API keys and the subjects' keys; and the mode of every SQLite file that must last.
 
 SQLite for one machine, any SQLAlchemy URL (PostgreSQL) for several. Each room creates its own tables with `create_tables`.
 """
@@ -21,6 +21,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from feedback.errors import ConfigError, NotDurable
+from feedback.files import sync
 
 COPY_BYTES = 1 << 20
 
@@ -76,7 +77,7 @@ def settle(db: sqlite3.Connection) -> None:
     try:
         with contextlib.suppress(FileNotFoundError):
             _write_again(Path(f"{file}-wal"))
-        sync_folder(Path(file).parent)
+        sync(Path(file).parent)
     except OSError as exc:
         raise sqlite3.OperationalError(f"what is in its write-ahead log cannot be made durable: {exc.strerror}") from exc
     finally:
@@ -137,15 +138,6 @@ def _write_again(path: Path) -> None:
         at = 0
         while data := os.pread(descriptor, COPY_BYTES, at):
             at += os.pwrite(descriptor, data, at)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync a folder: what was made or renamed in it stays so."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

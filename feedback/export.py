@@ -24,8 +24,9 @@ from typing import IO, Any, Literal, cast
 from sqlalchemy import Engine
 
 from feedback import audit
-from feedback.database import sync_folder, transaction
+from feedback.database import transaction
 from feedback.errors import InvalidInput, NotDurable
+from feedback.files import new_file, sync
 from feedback.snapshot import Row, Snapshot
 
 Form = Literal["preference", "unpaired", "jsonl"]
@@ -63,7 +64,7 @@ def export(snapshot: Snapshot, out: Path, form: Form, *, choices: bool = False) 
             why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
             raise InvalidInput(f"form: '{form}' can say none of the {len(snapshot.rows)} opinions ({why}); choose another", field="form")
         temporary.rename(out)
-        sync_folder(out.parent)
+        sync(out.parent)
     except OSError as exc:
         raise NotDurable(f"{out} could not be written: {exc.strerror}; make room and export again") from exc
     finally:
@@ -129,12 +130,9 @@ def _said(answer: str) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def _opened(path: Path, *, packed: bool) -> Iterator[IO[bytes]]:
-    """A new file that only its owner reads, fsynced when it is closed without an error."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with new_file(path) as file:
         if packed:  # without name and time, which would make every file another one
             with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as inner:
                 yield cast(IO[bytes], inner)
         else:
             yield file
-        file.flush()
-        os.fsync(file.fileno())

@@ -22,8 +22,9 @@ from pathlib import Path
 from feedback import audit, erasure
 from feedback.backup import Manifest, copy_file, manifest_digest, read_manifest
 from feedback.config import Settings
-from feedback.database import sync_folder, transaction
+from feedback.database import transaction
 from feedback.errors import ConfigError, Conflict, InvalidInput, NotDurable
+from feedback.files import sync, sync_folders
 from feedback.kafka_log import KafkaLog
 from feedback.sqlite_log import parse
 from feedback.stores import Stores, open_stores
@@ -253,11 +254,10 @@ def _reading(path: Path, restored: Restored) -> Iterator[sqlite3.Connection]:
 
 def _swap(fresh: Path, target: Path, old: Path | None) -> None:
     """Put the new folder in the old one's place, then delete the old one."""
-    for folder in (fresh, *(path for path in fresh.rglob("*") if path.is_dir())):
-        sync_folder(folder)
+    sync_folders(fresh)
     if old is None:
         fresh.rename(target)
-        sync_folder(target.parent)
+        sync(target.parent)
         return
     aside = target.with_name(f".{target.name}.replaced.{secrets.token_hex(4)}")
     try:
@@ -272,5 +272,5 @@ def _swap(fresh: Path, target: Path, old: Path | None) -> None:
     except BaseException:
         aside.rename(target)
         raise
-    sync_folder(target.parent)
+    sync(target.parent)
     shutil.rmtree(aside)

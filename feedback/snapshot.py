@@ -29,6 +29,7 @@ from feedback.archive import Archive, Interaction
 from feedback.clock import stamp_ms
 from feedback.errors import Gone, NotDurable, NotFound, TrainingRefused
 from feedback.events import FeedbackGiven, FinishedText, Model, Sealed, Source, StartedText
+from feedback.files import sync
 from feedback.subjects import Subjects
 
 ROW_VERSION = 1
@@ -320,11 +321,11 @@ def _publish(target: Path, rows: list[Row], head: dict[str, object]) -> None:
         whole = head | {"rows": len(rows), "rows_sha256": _file_digest(temporary / ROWS_FILE)}
         (temporary / HEAD_FILE).write_text(json.dumps(whole, sort_keys=True, indent=1))
         for path in (temporary / ROWS_FILE, temporary / HEAD_FILE, temporary):
-            _sync(path)
+            sync(path)
         if target.exists():  # only redaction replaces a snapshot
             target.rename(old)
         temporary.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as exc:
         if old.exists() and not target.exists():
             with contextlib.suppress(OSError):  # what cannot be put back here, `all_in` puts back
@@ -339,14 +340,6 @@ def _publish(target: Path, rows: list[Row], head: dict[str, object]) -> None:
 def _settle(folder: Path) -> None:
     """What is seen in the folder stays, also where whoever put it there failed or died before saying so. Raises NotDurable."""
     try:
-        _sync(folder)
+        sync(folder)
     except OSError as exc:
         raise NotDurable(f"the folder {folder} could not be written: {exc.strerror}", retry_after_s=2) from exc
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,9 +21,10 @@ from sqlalchemy import Engine
 from feedback.archive import Archive
 from feedback.clock import HybridClock, wall_ms
 from feedback.config import Settings
-from feedback.database import open_database, sync_folder
+from feedback.database import open_database
 from feedback.errors import ConfigError, NotDurable
 from feedback.events import Event
+from feedback.files import new_file, sync
 from feedback.keys import ApiKeys
 from feedback.readers import GroupReader
 from feedback.relay import Relay
@@ -199,13 +200,10 @@ def _key_file(path: Path, new: bytes) -> bytes:
     """The file's content. Where it is missing, `new` is written, unless another process is faster: then both use its content."""
     if not path.exists():
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+        with new_file(temporary) as file:
             file.write(new)
-            file.flush()
-            os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)  # a rename would replace the other process's key
         temporary.unlink()
-        sync_folder(path.parent)
+        sync(path.parent)
     return path.read_bytes()

@@ -13,7 +13,6 @@ import base64
 import binascii
 import fcntl
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,9 +24,10 @@ from pydantic import ValidationError
 from sqlalchemy import Engine
 
 from feedback import audit
-from feedback.database import sync_folder, transaction
+from feedback.database import transaction
 from feedback.errors import ConfigError, Gone, NotAuthenticated, NotDurable
 from feedback.events import Model, Source
+from feedback.files import new_file, sync
 
 MAX_CHARS = 4096
 LOOK_EVERY_S = 1.0
@@ -145,15 +145,13 @@ def rotate(path: Path, engine: Engine, by: str) -> None:
         with path.with_name("token.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of two rotations at once, the second keeps the first one's key
             kept = path.read_bytes().split()[:1]
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
+            temporary.unlink(missing_ok=True)  # of a rotation that was killed
+            with new_file(temporary) as file:
                 file.write(b"\n".join([new, *kept]) + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
             with transaction(engine) as db:
                 fingerprint = hashlib.sha256(new).hexdigest()[:16]
                 audit.record(db, by, "token_keys.rotated", fingerprint, "a new key mints; the one before still opens")
             temporary.replace(path)
-            sync_folder(path.parent)
+            sync(path.parent)
     except OSError as exc:
         raise NotDurable(f"{path} could not be replaced: {exc.strerror}", retry_after_s=2) from exc
