@@ -66,7 +66,7 @@ class Broker:
     def __init__(self, folder: Path, port: int = 0, properties: Mapping[str, str] | None = None) -> None:
         self.folder = folder.resolve()
         known = _read(self.folder / "server.properties")
-        self.port = port or _port_in(known.get("listeners", "")) or free_port()
+        self.port = port or _port_in(known.get("listeners", "")) or process.free_port()
         self.bootstrap = f"127.0.0.1:{self.port}"
         self._extra = dict(properties or {})
         self._pid_file = self.folder / "kafka.pid"
@@ -77,7 +77,8 @@ class Broker:
         libs = fetch(progress)
         self.folder.mkdir(parents=True, exist_ok=True)
         process.end_left_over(self._pid_file, "Kafka node")
-        self._check_port()
+        if (taken := process.port_taken(self.port)) is not None:
+            raise ConfigError(f"port {self.port} of 127.0.0.1 is taken ({taken}); choose another one with --port", field="port")
         path = self.folder / "server.properties"
         path.write_text("".join(f"{name}={value}\n" for name, value in self._properties().items()))
         progress("Kafka starts", 0.1)
@@ -125,7 +126,7 @@ class Broker:
             self._process.send_signal(number)
 
     def _properties(self) -> dict[str, str]:
-        controller = free_port()
+        controller = process.free_port()
         loopback = "127.0.0.1"
         return {
             "process.roles": "broker,controller",
@@ -151,16 +152,6 @@ class Broker:
             **self._extra,
         }
 
-    def _check_port(self) -> None:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", self.port))
-            except OSError as exc:
-                raise ConfigError(
-                    f"port {self.port} of 127.0.0.1 is taken ({exc.strerror}); choose another one with --port", field="port"
-                ) from exc
-
     def _listens(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
@@ -178,12 +169,6 @@ class Broker:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A server that Plaudit starts beside itself leaves a pid file, so that the next start ends what a killed Plaudit left behind."""
+"""Servers that Plaudit starts beside itself: their ports, and their pid files, by which the next start ends what a killed one left."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -14,6 +15,24 @@ import structlog
 log = structlog.get_logger()
 
 GRACE_S = 10.0
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def port_taken(port: int) -> str | None:
+    """Why nobody can listen on this port of 127.0.0.1; None where it is free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as exc:
+            return str(exc.strerror)
+    return None
 
 
 def remember(pid_file: Path, pid: int) -> None:

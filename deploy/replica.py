@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -51,13 +50,6 @@ SILENT_S = 60.0
 log = structlog.get_logger()
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def fast_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """bfloat16 where the processor multiplies in it, else float32: emulated bfloat16 is slower and less exact."""
     try:
@@ -77,7 +69,7 @@ class VllmServer:
         self.settings = settings
         self.folder = folder
         self.max_model_len = max_model_len
-        self.port = settings.port or free_port()
+        self.port = settings.port or process.free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -102,7 +94,9 @@ class VllmServer:
         self.folder.mkdir(parents=True, exist_ok=True)
         await self.stop()
         await asyncio.to_thread(process.end_left_over, self.folder / "vllm.pid", "model server")
-        self._check_port()
+        if (taken := process.port_taken(self.port)) is not None:
+            told = f"engine.port is {self.port}, which is taken on 127.0.0.1 ({taken}); choose another one, or 0 for a free one"
+            raise ConfigError(told, field="engine.port")
         if self.log_path.exists():
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
         with self.log_path.open("wb") as output:
@@ -186,17 +180,6 @@ class VllmServer:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-
-    def _check_port(self) -> None:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", self.port))
-            except OSError as exc:
-                raise ConfigError(
-                    f"engine.port is {self.port}, which is taken on 127.0.0.1 ({exc.strerror}); choose another one, or 0 for a free one",
-                    field="engine.port",
-                ) from exc
 
     async def _until_it_answers(self, on_progress: Progress) -> None:
         deadline = time.monotonic() + self.settings.start_timeout_s

@@ -14,7 +14,8 @@ import pytest
 from feedback_world import rating
 from kafka_world import MARKS, Hand, a_topic, archived, broker_away, in_topic, stores_with, until
 
-from deploy.broker import Broker, free_port
+from deploy.broker import Broker
+from deploy.process import free_port
 from feedback import outbox
 from feedback.clock import HybridClock
 from feedback.config import KafkaSettings
