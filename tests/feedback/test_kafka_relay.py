@@ -230,7 +230,7 @@ def test_a_topic_deleted_under_a_running_service_loses_nothing(kafka: Broker, tm
 
 
 def test_what_an_outage_left_is_drained_ten_times_as_fast_as_it_came(kafka: Broker, tmp_path: Path) -> None:
-    """50 events a second came in; 3,000 of them are the backlog of a minute, and may take 6 s. 8,000 a second were seen on two idle cores."""
+    """50 events a second came in; 3,000 of them are the backlog of a minute, and may take 6 s. Two idle cores did 8,000 a second."""
     log = SqliteLog(tmp_path / "gateway.sqlite", HybridClock())
     log.append_sync([rating(f"i{n}", "r", "up") for n in range(3_000)])
     started = time.monotonic()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import datetime
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,8 @@ from feedback_world import rating
 from kafka_world import MARKS
 from pydantic import SecretStr
 
-from deploy.broker import Broker, free_port
+from deploy.broker import Broker
+from deploy.process import free_port
 from feedback.clock import HybridClock
 from feedback.config import KafkaSettings
 from feedback.errors import NotDurable
