@@ -41,7 +41,8 @@ class EventLog(EventReader, Protocol):
         Where the log can look it up (SQLite), an event whose `event_id` is stored is not stored again and the stored one
         is returned in its place, and IdempotencyMismatch is raised where the same `idempotency` is stored with another
         `event_id`. Kafka may hold an event twice; whoever reads de-duplicates by `event_id`.
-        Raises NotDurable where the events could not be committed; then none of them counts as stored.
+        Raises NotDurable where the events could not be committed; then none of them counts as stored. Should the process die before
+        it writes again, they may be there all the same, and whoever asks again with the same `event_id` is given those.
         """
 
     def close(self) -> None:
