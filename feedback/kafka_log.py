@@ -96,11 +96,11 @@ class KafkaLog:
 
     def close(self) -> None:
         self._closing.set()
+        self.topic.close()
         with self._sending:
             self._drop_producer()
         with self._reading:
             self._drop_consumer()
-        self.topic.close()
 
     def _poll(self, key: str, ends: dict[Any, int], limit: int) -> list[Record]:
         """Until the limit, or until every partition's end as it was at the call."""

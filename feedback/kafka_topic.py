@@ -43,11 +43,13 @@ def library() -> Any:
     return kafka
 
 
-def connected(make: Callable[..., Any], settings: KafkaSettings, **options: Any) -> Any:
-    """A client of the library. Where it cannot connect, nothing of it stays behind: its constructor leaves a thread and four sockets."""
+def connected(make: Callable[..., Any], settings: KafkaSettings, begun: list[Any] | None = None, **options: Any) -> Any:
+    """A client of the library. Where it cannot connect, nothing of it stays behind: its constructor leaves a thread and four sockets.
+
+    Closing what is in `begun` from another thread ends the wait for an answer."""
     from kafka.net.compat import KafkaNetClient
 
-    begun: list[Any] = []
+    begun = [] if begun is None else begun
 
     def client(**given: Any) -> Any:
         begun.append(KafkaNetClient(**given))
@@ -102,6 +104,8 @@ class Topic:
         self._settings = settings
         self._admin: Any = None
         self._seen = ""
+        self._begun: list[Any] = []
+        self._closed = False
         self._lock = threading.Lock()
 
     def check(self) -> TopicFacts:
@@ -123,6 +127,10 @@ class Topic:
             self._admin_client().remove_group_members(group, [member])
 
     def close(self) -> None:
+        """Whoever waits for an answer meanwhile gets NotDurable at once, and so does who asks later."""
+        self._closed = True
+        for each in list(self._begun):
+            each.close()
         with self._lock:
             self._drop()
 
@@ -161,8 +169,11 @@ class Topic:
             self._admin = None
 
     def _admin_client(self) -> Any:
+        if self._closed:
+            raise self._kafka.errors.KafkaConnectionError("this process ends")
         if self._admin is None:
-            self._admin = connected(self._kafka.KafkaAdminClient, self._settings, request_timeout_ms=5000)
+            self._begun.clear()
+            self._admin = connected(self._kafka.KafkaAdminClient, self._settings, self._begun, request_timeout_ms=5000)
         return self._admin
 
     def _described(self) -> Any:

@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 POLL_MS = 300
 TOPIC_S = 5.0
 """How often an idle member asks whether the topic is still the one that it reads."""
+CLOSE_S = 1.0
 BACKOFF_S = 1.0
 """After its batch was refused a member stays away for so long, so that two groups on one archive do not spin."""
 
@@ -97,10 +98,17 @@ class GroupReader:
 
     def close(self) -> None:
         """Leave the group, so that the others take over at once."""
-        with self._lock:
+        if not self._lock.acquire(timeout=CLOSE_S):
+            self._topic.close()  # a step waits for a broker that is away
+            self._lock.acquire()
+        try:
+            joined = self._consumer is not None
             self._drop()
-            self._leave()
-            self._topic.close()
+            if joined:
+                self._leave()
+        finally:
+            self._lock.release()
+        self._topic.close()
 
     def _join(self) -> Any:
         self._key = self._topic.check().key

@@ -66,7 +66,6 @@ class Relay:
         self._wake.set()
         self._kafka.close()  # what is being sent is given up
         self._thread.join()
-        self._kafka.topic.close()  # the thread may have asked once more
         for each in self._held.values():
             each.close()
 
