@@ -102,7 +102,7 @@ def test_a_compacted_topic_is_refused_at_the_start(kafka: Broker, tmp_path: Path
 
 
 def test_kafka_up_keeps_its_port_and_its_data(kafka: Broker, tmp_path: Path) -> None:
-    """The fixture says whether there can be a broker here; this one is the command's own. The second start is killed, and leaves its broker."""
+    """The fixture says whether a broker can run here; this one is the command's own. The second start is killed and leaves it behind."""
     bootstraps = []
     for turn in range(3):
         process = start(tmp_path, "kafka", "up")
