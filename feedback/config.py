@@ -130,7 +130,7 @@ class LimitSettings(Section):
     feedback_per_day: int = Field(default=300, ge=0)
     """Changes a day that one person makes."""
     changes: int = Field(default=10, ge=0)
-    """How often one person may change what they say about one answer or comparison, within 30 days."""
+    """How often one person may change their word on one answer within 30 days; also erasures and withdrawals they ask for in a day."""
 
 
 class RegistrySettings(Section):

@@ -61,6 +61,7 @@ class Limits:
             Rule("feedback_per_day", "feedback of one person", settings.feedback_per_day, DAY_S),
         )
         self._changes = Rule("changes", "changes of what one person says about one answer", settings.changes, MONTH_S)
+        self._wishes = Rule("changes", "erasures and withdrawals that one person asks for", settings.changes, DAY_S)
         self._path = path
         self._now = now
         self._db: sqlite3.Connection | None = None
@@ -75,6 +76,10 @@ class Limits:
     def feedback(self, rater: str, target: str) -> None:
         """Count one change of what the rater says about the target. Raises TooMany."""
         self.take([*((rule, rater) for rule in self._said), (self._changes, f"{rater} {target}")])
+
+    def wish(self, person: str) -> None:
+        """Count one erasure or withdrawal that the person asks for, whatever else they said today. Raises TooMany."""
+        self.take([(self._wishes, f"{person} themselves")])
 
     def take(self, wanted: Sequence[tuple[Rule, str]]) -> None:
         """Count one under every rule, or under none and raise TooMany. What cannot be counted is let through, with a warning: a disk
@@ -113,8 +118,9 @@ class Limits:
             if count >= rule.most:
                 full.append(rule.refusal((ends_ms - now_ms) / 1000))
             db.execute("REPLACE INTO used VALUES (?, ?, ?, ?)", (rule.setting, who, ends_ms, count + 1))
-        if not full and now_s >= self._forget_at:
-            db.execute("DELETE FROM used WHERE ends_ms <= ?", (now_ms,))
+        # Also after the clock was set back: what was begun before that ends later than anything can.
+        if not full and not self._forget_at - FORGET_EVERY_S <= now_s < self._forget_at:
+            db.execute("DELETE FROM used WHERE ends_ms <= ? OR ends_ms > ?", (now_ms, now_ms + MONTH_S * 1000))
             self._forget_at = now_s + FORGET_EVERY_S
         db.execute("ROLLBACK" if full else "COMMIT")
         return full

@@ -106,7 +106,7 @@ def _asker(request: Request, gateway: Gateway, wish: Wish) -> Asker:
         if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
             raise NotAllowed("The chat page's session counts for requests of the page itself only.", field="Sec-Fetch-Site")
         subject = erasure.named(gateway.stores, gateway.stores.subjects.pseudonym(caller.tenant, f"session:{caller.session}"))
-    gateway.limits.feedback(subject, "themselves")
+    gateway.limits.wish(subject)
     return Asker(subject, PERSON)
 
 

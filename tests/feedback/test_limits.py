@@ -130,6 +130,34 @@ def test_windows_that_ended_are_forgotten(tmp_path: Path) -> None:
     limits.close()
 
 
+def test_a_clock_that_was_far_ahead_leaves_nothing_for_good(tmp_path: Path) -> None:
+    clock = Clock()
+    limits = Limits(tmp_path / "limits.sqlite", SETTINGS, clock)
+    clock.now += 365 * 24 * 3600
+    limits.chat("app of next year")
+    clock.now -= 365 * 24 * 3600
+    limits.chat("app")
+    assert limits._db is not None and limits._db.execute("SELECT who FROM used").fetchall() == [("app",)]
+    limits.close()
+
+
+def test_who_has_said_much_may_still_ask_for_erasure(tmp_path: Path) -> None:
+    clock = Clock()
+    limits = Limits(tmp_path / "limits.sqlite", SETTINGS, clock)
+    for _ in range(2):
+        limits.feedback("ann", "i1")
+    refused(lambda: limits.feedback("ann", "i2"))
+    for _ in range(2):
+        limits.wish("ann")
+    error = refused(lambda: limits.wish("ann"))
+    assert error.retry_after_s == 24 * 3600 and error.message.startswith(
+        "erasures and withdrawals that one person asks for: 2 within a day"
+    )
+    clock.now += 24 * 3600
+    limits.wish("ann")
+    limits.close()
+
+
 def test_streams_in_flight_come_and_go() -> None:
     streams = InFlight(SETTINGS)
     ann = streams.enter("app", "ann")
