@@ -96,8 +96,8 @@ class Archive:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=30.0, check_same_thread=False)
             configure(self._db)
             self._db.executescript(SCHEMA)
-            report_damage(self._db)
             settle(self._db)
+            report_damage(self._db)
         except sqlite3.Error as exc:
             raise NotDurable(f"the archive {path} cannot be opened: {told(exc)}", retry_after_s=2) from exc
         self._meet_version()

@@ -9,7 +9,6 @@ import contextlib
 import os
 import shutil
 import sqlite3
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -50,8 +49,8 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
 
 
 def _settle_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
-    report_damage(connection)
     settle(connection)
+    report_damage(connection)
 
 
 def configure(db: sqlite3.Connection) -> None:
@@ -88,14 +87,19 @@ def report_damage(db: sqlite3.Connection) -> int:
     """Whether the write-ahead log ends in transactions that SQLite leaves out, because they or something before them is not whole.
 
     After a crash this may be the one that was being written. More, or one after a power cut, may have been acknowledged: so the log is
-    copied before it is written over, and that is said. How many. Raises sqlite3.Error."""
+    copied before it is written over, and that is said. To be called after `settle`, because it carries the log into the file. How many.
+    Raises sqlite3.Error.
+    """
     file = db.execute("PRAGMA database_list").fetchone()[2]
     if not file:
         return 0
     wal = Path(f"{file}-wal")
     try:
-        with wal.open("rb") as whole, Path(f"{file}-shm").open("rb") as index:
-            left_out = _left_out(whole, int.from_bytes(index.read(20)[16:], sys.byteorder))
+        # SQLite tells the count of valid frames in passing. It stands in the -shm file too, but whoever opens and closes that one, or
+        # the database, beside SQLite loses this process's locks on it, and the next process to come takes the file for abandoned.
+        valid = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1]
+        with wal.open("rb") as whole:
+            left_out = _left_out(whole, max(0, valid))
         if left_out:
             kept = wal.with_name(f"{wal.name}.{time.time_ns() // 1_000_000}.damaged")
             shutil.copyfile(wal, kept)

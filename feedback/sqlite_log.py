@@ -97,9 +97,9 @@ class SqliteLog:
         try:
             db = open_file(self.path)
             try:
+                settle(db)
                 if self._failed is None:  # behind a failed write there is what it left
                     report_damage(db)
-                settle(db)
                 self._skip_archived(db)
                 last = db.execute("SELECT value FROM events ORDER BY offset DESC LIMIT 1").fetchone()
             except sqlite3.Error:

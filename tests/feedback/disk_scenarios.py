@@ -166,7 +166,7 @@ def plant(careless: str) -> None:
 
         vars(sqlite_log).update(open_file=lightly)
     elif careless == "unsettled":
-        vars(sqlite_log).update(settle=lambda db: None)
+        vars(sqlite_log).update(settle=lambda db: None, report_damage=lambda db: 0)
     elif careless == "forthcoming":
         SqliteLog._abandon = _close  # type: ignore[method-assign,assignment]
     elif careless == "undurable mode":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from feedback.errors import NotDurable
 from feedback.events import Event
 from feedback.sqlite_log import SqliteLog, SqliteLogs
 
+ROOT = Path(__file__).parents[2]
 EVENTS = 12
 FRAME = 24 + 4096
 
@@ -142,3 +145,29 @@ def test_the_clock_goes_back_an_hour_and_the_last_word_still_counts(tmp_path: Pa
     stores.ingest()
     assert [event.value for event in stores.archive.current()] == ["up"]
     stores.close()
+
+
+BESIDE = """
+import sqlite3, subprocess, sys
+from pathlib import Path
+from feedback.database import report_damage, settle
+from feedback.sqlite_log import open_file
+path = Path(sys.argv[1])
+first, second = open_file(path), open_file(path)
+for db in (first, second):
+    settle(db)
+    report_damage(db)
+write = "INSERT INTO events (event_id, partition_key, value) VALUES (?, 'k', x'00')"
+other = f"import sqlite3; db = sqlite3.connect({str(path)!r}); db.execute({write!r}, ('theirs',)); db.commit()"
+subprocess.run([sys.executable, "-c", other], check=True)
+first.execute(write, ("ours",))
+print(first.execute("SELECT count(*) FROM events").fetchone()[0])
+"""
+
+
+def test_looking_for_damage_keeps_this_process_its_locks(tmp_path: Path) -> None:
+    """Without them the next process to open the file takes its index for abandoned and cuts it short under whoever has it mapped."""
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE, str(tmp_path / "log.sqlite")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "2"), done.stderr
