@@ -156,17 +156,29 @@ def show_settings(config_path: ConfigPath = None) -> None:
     console.print_json(settings_from(config_path).model_dump_json())
 
 
-def main(run: Callable[[], None] = app) -> None:
-    """The entry point: one line for every error that we raise on purpose, no traceback."""
+def main(run: Callable[[], object] | None = None) -> None:
+    """The entry point: one line for every error that we raise on purpose and for a wrong command line, no traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would break into our own progress
     try:
-        run()
+        status = run() if run else app(standalone_mode=False, prog_name="plaudit")
+    except typer.TyperException as error:
+        complain(_told(error))
+        sys.exit(2)
     except PlauditError as error:
-        complain(f"plaudit: {error.message}")
+        complain(f"plaudit: {' '.join(error.message.splitlines())}")
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _told(error: typer.TyperException) -> str:
+    """What is wrong with a command line, and where it is explained; a group without a verb gets its help."""
+    said, context = error.format_message(), getattr(error, "ctx", None)
+    if not said.strip() or "\n" in said.strip():
+        return said
+    return f"plaudit: {said.rstrip('.')}; see `{context.command_path if context else 'plaudit'} --help`"
 
 
 if __name__ == "__main__":

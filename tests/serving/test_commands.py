@@ -132,6 +132,18 @@ def test_what_looks_like_markup_is_printed_as_it_is(tmp_path: Path) -> None:
     assert code == 0 and "[red]a long" in printed and len(printed.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("nothing",), "plaudit: No such command 'nothing'; see `plaudit --help`"),
+        (("feedback", "erase", "ann"), "plaudit: Missing option '--reason'; see `plaudit feedback erase --help`"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(tmp_path: Path, words: tuple[str, ...], told: str) -> None:
+    status, _, complaint = run(tmp_path, *words)
+    assert (status, complaint.splitlines()) == (2, [told])
+
+
 def test_a_person_is_erased_beside_a_running_gateway(up: Up, tmp_path: Path) -> None:
     _, url, key = up(0)
     bearer = {"Authorization": f"Bearer {key}"}
