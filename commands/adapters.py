@@ -39,22 +39,22 @@ def show_adapter(adapter: str, config_path: ConfigPath = None) -> None:
 
 
 @app.command("promote")
-def promote(adapter: str, key: KeyOption, config_path: ConfigPath = None) -> None:
+def promote(adapter: str, key: KeyOption = "", config_path: ConfigPath = None) -> None:
     """Approve the canary that waits for it. Needs another person's key than the one that registered it."""
     with opened(config_path, "operator") as (settings, stores, registry):
-        done = rollout.approve(registry, settings.rollout, adapter, stores.api_keys.check(key))
+        done = rollout.approve(registry, settings.rollout, adapter, operator(stores, key, "adapters:promote"))
         say(f"{done.adapter[:16]} is stable: {done.reason}")
 
 
 @app.command("rollback")
-def rollback(key: KeyOption, reason: ReasonOption, config_path: ConfigPath = None) -> None:
+def rollback(reason: ReasonOption, key: KeyOption = "", config_path: ConfigPath = None) -> None:
     """`previous` answers again."""
     with opened(config_path, "operator") as (_, stores, registry):
         say(f"{registry.rollback(operator(stores, key, 'adapters:promote').owner, reason)[:16]} is stable again")
 
 
 @app.command("stop")
-def stop_rollout(key: KeyOption, reason: ReasonOption, config_path: ConfigPath = None) -> None:
+def stop_rollout(reason: ReasonOption, key: KeyOption = "", config_path: ConfigPath = None) -> None:
     """End the running rollout; stable answers everybody."""
     with opened(config_path, "operator") as (_, stores, registry):
-        say(rollout.stop(registry, reason, stores.api_keys.check(key)).reason)
+        say(rollout.stop(registry, reason, operator(stores, key, "adapters:promote")).reason)

@@ -17,7 +17,7 @@ Subject = Annotated[str, typer.Argument(help="The id that the application uses, 
 
 
 @app.command("erase")
-def erase_person(subject: Subject, key: KeyOption, reason: ReasonOption, config_path: ConfigPath = None) -> None:
+def erase_person(subject: Subject, reason: ReasonOption, key: KeyOption = "", config_path: ConfigPath = None) -> None:
     """Erase everything of a person and act on the adapters that learned from them (erasure.policy). Repeat it where it broke off."""
     with opened(config_path, "operator") as (settings, stores, registry):
         by = operator(stores, key, "erase").owner
