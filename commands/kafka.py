@@ -82,17 +82,19 @@ def archive(
             _follow(lambda: kept.ingest(SqliteLogs(data_dir / "log")), once)
             return
         with closing(GroupReader(kept, settings.kafka, member_name(data_dir, name))) as reader:
+            told = ""
             try:
                 reader.check()
             except NotDurable as exc:
+                told = exc.field or exc.message
                 complain(f"plaudit: {exc.message}")
             say(f"Reading {settings.kafka.topic} at {settings.kafka.bootstrap} as {name}; Ctrl-C ends it.")
-            _follow(reader.catch_up, once)
+            _follow(reader.catch_up, once, told)
 
 
-def _follow(catch_up: Callable[[], int], once: bool) -> None:
-    """Store what comes. A failure that lasts is told once."""
-    told, total, quiet = "", 0, time.monotonic()
+def _follow(catch_up: Callable[[], int], once: bool, told: str = "") -> None:
+    """Store what comes. A failure that lasts is told once; `told` names one that was told already."""
+    total, quiet = 0, time.monotonic()
     while not (once and time.monotonic() - quiet > QUIET_S):
         try:
             if (new := catch_up()) > 0:

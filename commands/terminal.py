@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from functools import partial
 
@@ -9,7 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 # Names, paths and messages are printed as they are: what looks like markup in them is not ours, and a pipe must not break a line.
-console, errors = (Console(stderr=stderr, highlight=False, markup=False, emoji=False) for stderr in (False, True))
+# Nor must it cut a table's cells: rich takes a pipe for a terminal of 80 columns.
+WIDTH = None if sys.stdout.isatty() else 400
+console, errors = (Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=WIDTH) for stderr in (False, True))
 say = partial(console.print, soft_wrap=True)
 complain = partial(errors.print, soft_wrap=True, style="red")
 
