@@ -283,7 +283,7 @@ def caught(before: Path, scratch: Path, step: str, subjects: Mapping[str, Person
     with patch.object(owner, name, instead), stores_in(scratch) as stores:
         registry = Registry(stores.engine)
         for subject in subjects:
-            lineage.erase(stores, registry, ErasureSettings(), (subject, "control"), "control")
+            lineage.erase(stores, registry, ErasureSettings(), erasure.Asker(subject, "control"), "control")
         hits = search.found([scratch], subjects.values())
     shutil.rmtree(scratch)
     return bool(hits)

@@ -52,11 +52,10 @@ def export_snapshot(
 ) -> None:
     """Take a snapshot and write it as a training set; prints the snapshot's digest. Texts lie open in the file. Scope `dataset`."""
     from feedback import export, snapshot
-    from feedback.erasure import reads_snapshots
 
     with opened(config_path, "export") as (settings, stores, _):
         by = operator(stores, key, "dataset").owner
-        if not reads_snapshots():
+        if not snapshot.readable():
             raise ConfigError("snapshots need pyarrow, which is not installed: install plaudit[train]")
         if wrong := set(source or ()) - set(get_args(Source)):
             raise InvalidInput(f"source: '{min(wrong)}' is none of {', '.join(get_args(Source))}", field="source")

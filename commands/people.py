@@ -12,6 +12,7 @@ from commands.terminal import complain, say
 from deploy import lineage
 from deploy.lineage import Affected
 from feedback import erasure, export
+from feedback.erasure import Asker
 
 Subject = Annotated[str, typer.Argument(help="The id that the application uses, or the pseudonym s_...")]
 
@@ -21,7 +22,8 @@ def erase_person(subject: Subject, reason: ReasonOption, key: KeyOption = "", co
     """Erase everything of a person and act on the adapters that learned from them (erasure.policy). Repeat it where it broke off."""
     with opened(config_path, "operator") as (settings, stores, registry):
         by = operator(stores, key, "erase").owner
-        outcome = lineage.erase(stores, registry, settings.erasure, (erasure.named(stores, subject), by), reason)
+        asker = Asker(erasure.named(stores, subject), by)
+        outcome = lineage.erase(stores, registry, settings.erasure, asker, reason)
         exported = export.made_from(stores.engine, outcome.affected.snapshots)
     say(f"{outcome.affected.subject} is erased")
     _tell(outcome.affected, outcome.done)

@@ -18,6 +18,7 @@ from deploy.manifest import MANIFEST, read_manifest, vllm_name
 from deploy.records import AdapterRecord
 from deploy.registry import Registry
 from feedback import erasure, snapshot
+from feedback.erasure import Asker
 from feedback.errors import NotDurable, PlauditError
 from feedback.events import Model
 from feedback.stores import Stores
@@ -39,7 +40,7 @@ class Affected(Model):
 
 
 class Outcome(Model):
-    """What an erasure or a withdrawal found, and what was done to each adapter."""
+    """What an erasure found, and what was done to each adapter."""
 
     affected: Affected
     complete: bool = True
@@ -50,7 +51,7 @@ class Outcome(Model):
 def affected(stores: Stores, registry: Registry, subject: str) -> Affected:
     """What learned from this person, erased or not. Adapters count from their manifest on, registered or not."""
     data_dir = stores.settings.feedback.data_dir
-    held = set(erasure.lineage(stores.engine, subject)) | _holding(data_dir / "snapshots", subject)
+    held = set(erasure.snapshots_of(stores.engine, subject)) | _holding(data_dir / "snapshots", subject)
     cycles, models = set(), set()
     for folder in _cycles(data_dir, held):
         cycles.add(folder.name)
@@ -64,17 +65,18 @@ def affected(stores: Stores, registry: Registry, subject: str) -> Affected:
     return Affected(**dict(zip(("snapshots", "cycles", "reward_models", "adapters"), found, strict=True)), subject=subject)
 
 
-def erase(stores: Stores, registry: Registry, settings: ErasureSettings, who: tuple[str, str], reason: str) -> Outcome:
-    """Erase a subject (the first of `who`) as its second asks, forget what cycles keep of them, and act on the adapters by the policy.
+def erase(stores: Stores, registry: Registry, settings: ErasureSettings, asker: Asker, reason: str) -> Outcome:
+    """Erase a subject, forget what cycles keep of them, and act on the adapters by the policy.
 
     Idempotent; what a killed call left is finished."""
-    subject, by = who
     outcome: list[Outcome] = []
-    done = erasure.erase(stores, subject, by, reason, lambda each: outcome.append(_act(stores, registry, settings, each, by)))
+    done = erasure.erase(
+        stores, asker.subject, asker.by, reason, lambda each: outcome.append(_act(stores, registry, settings, each, asker.by))
+    )
     return outcome[0].model_copy(update={"complete": done.complete})
 
 
-def finish(stores: Stores, registry: Registry, settings: ErasureSettings, asked: tuple[str, str] | None = None) -> int:
+def finish(stores: Stores, registry: Registry, settings: ErasureSettings, asked: Asker | None = None) -> int:
     """Complete erasures that broke off or came from elsewhere, as `erase` does; at once the one that is `asked` for again. How many."""
     by = dict([asked] if asked else [])
     return len(erasure.finish(stores, lambda each: _act(stores, registry, settings, each, by.get(each, erasure.SYSTEM)), asked))
@@ -159,12 +161,12 @@ def forget(folder: Path) -> None:
             try:
                 path.unlink(missing_ok=True)
             except OSError as exc:
-                raise NotDurable(f"{path} could not be deleted: {exc.strerror}; say it again", retry_after_s=2) from exc
+                raise NotDurable(f"{path} could not be deleted: {exc.strerror}; erase again", retry_after_s=2) from exc
 
 
 def _holding(folder: Path, subject: str) -> set[str]:
     """Snapshots that hold rows of the subject now, as far as this process can read them."""
-    if not folder.exists() or not erasure.reads_snapshots():
+    if not folder.exists() or not snapshot.readable():
         return set()
     with snapshot.locked(folder):
         return {path.name for path in snapshot.all_in(folder) if snapshot.rows_of(path, {subject: EVER})}

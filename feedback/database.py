@@ -166,9 +166,7 @@ def truncate_wal(db: sqlite3.Connection, what: str, timeout_s: float = 20.0) -> 
     try:
         while db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             if time.monotonic() > end:
-                raise NotDurable(
-                    f"the write-ahead log of {what} could not be emptied within {timeout_s:g} s; say it again", retry_after_s=2
-                )
+                raise NotDurable(f"the write-ahead log of {what} could not be emptied within {timeout_s:g} s; try again", retry_after_s=2)
             time.sleep(0.01)
     except sqlite3.Error as exc:
         raise NotDurable(f"the write-ahead log of {what} could not be emptied: {exc}", retry_after_s=2) from exc

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -20,6 +19,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, insert, select
 from sqlalchemy.exc import IntegrityError
@@ -70,6 +70,13 @@ class Erasure:
     """False where snapshots lie here that this process cannot read, because pyarrow (extra `train`) is missing; the trainer finishes it."""
 
 
+class Asker(NamedTuple):
+    """Whose data it is about, and who asks."""
+
+    subject: str
+    by: str
+
+
 Then = Callable[[str], object]
 """Called with the subject after the snapshots were redacted; the erasure counts as finished once it returns."""
 
@@ -98,20 +105,20 @@ def erase(stores: Stores, subject: str, actor: str, reason: str, then: Then | No
         return _complete(stores, subject, stamp, actor, reason, then)
 
 
-def finish(stores: Stores, then: Then | None = None, asked: tuple[str, str] | None = None) -> list[Erasure]:
+def finish(stores: Stores, then: Then | None = None, asked: Asker | None = None) -> list[Erasure]:
     """Complete what a killed process began here, and what arrived from other machines or with a backup.
 
-    `asked` names a subject whose erasure is asked for again, and by whom: that one is left to nobody else."""
+    `asked` is an erasure that is asked for again: that one is left to nobody else."""
     data_dir, finished = stores.settings.feedback.data_dir, []
     if asked is not None:
         stores.archive.ingest(stores.logs)
     for subject, stamp in stores.archive.erasures().items():
-        if max(_marked(data_dir, subject), 0 if reads_snapshots() else _marked(data_dir, subject, REST)) >= stamp:
+        if max(_marked(data_dir, subject), 0 if snapshot.readable() else _marked(data_dir, subject, REST)) >= stamp:
             continue
-        again = asked is not None and asked[0] == subject
-        if not again and stores.subjects.erased(subject) < stamp and wall_ms() - stamp_ms(stamp) < FOREIGN_MS:
+        again = asked if asked is not None and asked.subject == subject else None
+        if again is None and stores.subjects.erased(subject) < stamp and wall_ms() - stamp_ms(stamp) < FOREIGN_MS:
             continue
-        actor = asked[1] if again and asked else SYSTEM
+        actor = again.by if again is not None else SYSTEM
         with _alone(data_dir):
             if _marked(data_dir, subject) < stamp:
                 finished.append(_complete(stores, subject, stamp, actor, "an erasure that was begun elsewhere or broke off", then))
@@ -128,8 +135,8 @@ def replay(stores: Stores, erasures: Mapping[str, int], then: Then | None = None
         for subject, stamp in erasures.items():
             event_id = content("erased again", subject, str(stamp))
             stores.archive.keep([SubjectErased(event_id=event_id, tenant=tenant, subject=subject, stamp=stamp)])
-        why = SYSTEM, "a backup from before the erasure was restored", then
-        return [_complete(stores, subject, stamp, *why) for subject, stamp in erasures.items()]
+        reason = "a backup from before the erasure was restored"
+        return [_complete(stores, subject, stamp, SYSTEM, reason, then) for subject, stamp in erasures.items()]
 
 
 def withdraw(stores: Stores, subject: str, actor: str, reason: str) -> None:
@@ -180,12 +187,7 @@ def _list(path: Path, subject: str, stamp: int) -> None:
         raise NotDurable(f"the list of erasures {path} could not be written: {exc.strerror}; erase again", retry_after_s=2) from exc
 
 
-def reads_snapshots() -> bool:
-    """Whether pyarrow (extra `train`) is here."""
-    return importlib.util.find_spec("pyarrow") is not None
-
-
-def lineage(engine: Engine, subject: str) -> dict[str, int]:
+def snapshots_of(engine: Engine, subject: str) -> dict[str, int]:
     """The snapshots that an erased person's opinions were in, and how many."""
     create_tables(engine, metadata)
     with transaction(engine) as db:
@@ -266,7 +268,7 @@ def _clean_snapshots(engine: Engine, folder: Path, erased: Mapping[str, int]) ->
     """Redact every snapshot that holds rows of the erased, once it is written down that it did. How many; whether that was all."""
     if not folder.exists():
         return 0, True
-    if not reads_snapshots():
+    if not snapshot.readable():
         return 0, not any(folder.iterdir())
     create_tables(engine, metadata)
     redacted = 0

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import hmac
+import importlib.util
 import json
 import os
 import secrets
@@ -140,6 +141,11 @@ def locked(out_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def readable() -> bool:
+    """Whether this process can read snapshots: pyarrow is here."""
+    return importlib.util.find_spec("pyarrow") is not None
 
 
 def all_in(out_dir: Path) -> list[Path]:

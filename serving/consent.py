@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -17,6 +16,7 @@ from deploy import lineage
 from deploy.lineage import Affected
 from deploy.registry import Registry
 from feedback import audit, erasure
+from feedback.erasure import Asker
 from feedback.errors import Gone, InvalidInput, NotAllowed
 from serving.access import caller_of
 from serving.chat import Gateway
@@ -37,14 +37,6 @@ class Wish(Strict):
     """With an API key: goes into the audit."""
 
 
-@dataclass(frozen=True)
-class Asker:
-    """Whose data it is about, and who says so."""
-
-    subject: str
-    by: str
-
-
 async def erase(request: Request) -> JSONResponse:
     """`POST /v1/people/erase`."""
     gateway, wish = await _read(request)
@@ -56,9 +48,9 @@ async def erase(request: Request) -> JSONResponse:
             asker = _asker(request, gateway, wish)
         except Gone:  # they were erased after their token; a killed process, or a full disk, may have left it half done
             claims = caller_of(request).claims
-            lineage.finish(stores, registry, settings.erasure, (claims.subject, PERSON) if claims else None)
+            lineage.finish(stores, registry, settings.erasure, Asker(claims.subject, PERSON) if claims else None)
             raise
-        outcome = lineage.erase(stores, registry, settings.erasure, (asker.subject, asker.by), wish.reason)
+        outcome = lineage.erase(stores, registry, settings.erasure, asker, wish.reason)
         return _told({"erased": True, "complete": outcome.complete}, outcome.affected, outcome.done)
 
     return await asyncio.get_running_loop().run_in_executor(WORKER, work)

@@ -19,6 +19,7 @@ from deploy.config import ErasureSettings, RolloutSettings
 from deploy.manifest import ManifestFields, base_digests, write_adapter
 from deploy.votes import votes
 from feedback import audit, erasure, snapshot
+from feedback.erasure import Asker
 from feedback.errors import NotDurable, PromotionRefused
 from feedback.events import Event, FeedbackGiven, FinishedText, InteractionFinished, InteractionStarted, StartedText
 
@@ -69,7 +70,7 @@ class World(Ring):
         return adapter
 
     def erase(self, who: str, settings: ErasureSettings = BLOCK) -> lineage.Outcome:
-        return lineage.erase(self.stores, self.registry, settings, (who, "mara"), "they asked")
+        return lineage.erase(self.stores, self.registry, settings, Asker(who, "mara"), "they asked")
 
 
 @pytest.fixture

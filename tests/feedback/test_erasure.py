@@ -67,7 +67,7 @@ def test_everything_of_one_person_goes_and_everything_of_the_other_stays(tmp_pat
     assert left_of_anna(tmp_path) == []
     after = snapshot.load(made)
     assert after.redacted and [row.rater for row in after.rows] == ["ben"]
-    assert erasure.lineage(stores.engine, "anna") == {made.name: 1} and erasure.lineage(stores.engine, "ben") == {}
+    assert erasure.snapshots_of(stores.engine, "anna") == {made.name: 1} and erasure.snapshots_of(stores.engine, "ben") == {}
     told = [row for row in audit.read(stores.engine) if row["action"] == "subject.erased"]
     assert [(row["actor"], row["subject"], row["reason"]) for row in told] == [("mara", "anna", "she asked")]
     assert audit.verify(stores.engine)[1] is None
@@ -123,7 +123,7 @@ def test_killed_anywhere_the_next_call_finishes_it(tmp_path: Path, monkeypatch: 
     assert acted == ["anna"] and erasure.finish(stores) == []
     assert left_of_anna(tmp_path) == []
     assert [row["action"] for row in audit.read(stores.engine)] == ["subject.erased"]
-    assert erasure.lineage(stores.engine, "anna").keys() == {path.name for path in (tmp_path / "snapshots").iterdir()}
+    assert erasure.snapshots_of(stores.engine, "anna").keys() == {path.name for path in (tmp_path / "snapshots").iterdir()}
     assert "started-i2" in rows(tmp_path)
     stores.close()
 

@@ -21,6 +21,7 @@ from deploy.gates import Evaluation
 from deploy.manifest import read_manifest, verify
 from deploy.registry import Registry
 from feedback.config import FeedbackSettings, Settings
+from feedback.erasure import Asker
 from feedback.errors import InvalidInput, SnapshotRedacted, TrainingRefused
 from feedback.snapshot import load
 from feedback.stores import open_stores
@@ -200,7 +201,7 @@ def test_somebody_erased_meanwhile_leaves_nothing_in_the_cycle_and_learning_begi
         nonlocal erased
         if stage == "PPO" and not erased:
             erased = True
-            lineage.erase(stores, registry, ErasureSettings(), ("rater-0", "mara"), "they asked")
+            lineage.erase(stores, registry, ErasureSettings(), Asker("rater-0", "mara"), "they asked")
 
     held_out = tmp_path / "held_out.txt"
     held_out.write_text("\n".join(HELD_OUT))
@@ -230,7 +231,7 @@ def test_erased_after_any_stage_nothing_goes_to_the_gates(tmp_path: Path, stage:
 
     def erase_after(done: str) -> None:
         if done == stage:
-            lineage.erase(stores, registry, ErasureSettings(), ("rater-0", "mara"), "they asked")
+            lineage.erase(stores, registry, ErasureSettings(), Asker("rater-0", "mara"), "they asked")
 
     with pytest.raises(SnapshotRedacted):
         run_cycle(job, SETTINGS, tmp_path, registry=registry, finished=erase_after)
