@@ -12,6 +12,8 @@ from commands.settings import ConfigPath, KeyOption, opened, operator, settings_
 from commands.terminal import complain, say
 from deploy import lineage
 from deploy.registry import Registry
+from feedback.backup import backup
+from feedback.restore import restore
 from feedback.stores import Stores
 
 app = typer.Typer()
@@ -30,8 +32,6 @@ def make_backup(
     config_path: ConfigPath = None,
 ) -> None:
     """Copy the data folder while everything goes on. Scope `keys`, because the copy holds every key."""
-    from feedback.backup import backup
-
     with opened(config_path, "backup") as (_, stores, _registry):
         made = backup(stores, folder, operator(stores, key, "keys").owner, keys=not without_keys, registry=not without_registry)
     size = sum(entry.size_bytes for entry in made.files.values())
@@ -48,8 +48,6 @@ def restore_backup(
     config_path: ConfigPath = None,
 ) -> None:
     """Make the data folder from a backup and erase again who was erased since. Stop everything first. Scope `keys`, as in the backup."""
-    from feedback.restore import restore
-
     settings = settings_from(config_path)
 
     def again(stores: Stores, erasures: Mapping[str, int]) -> int:

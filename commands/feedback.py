@@ -11,11 +11,16 @@ from typing import Annotated, get_args
 import typer
 from rich.table import Table
 
-from commands.settings import ConfigPath, JsonOption, KeyOption, opened, operator
+from commands.settings import ConfigPath, JsonOption, KeyOption, opened, operator, settings_from
 from commands.terminal import complain, console, say
+from feedback import export, outbox, snapshot
+from feedback import tail as tailing
 from feedback.errors import ConfigError, InvalidInput
 from feedback.events import TYPES, Source, json_schema
 from feedback.export import Form
+from feedback.importer import import_file
+from feedback.sqlite_log import SqliteLogs
+from feedback.stats import statistics
 
 DATES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]
 app = typer.Typer(no_args_is_help=True, help="What people said.")
@@ -26,8 +31,6 @@ def import_pairs(
     file: Path, source: Annotated[str, typer.Option(help="Where the pairs come from.")], config_path: ConfigPath = None
 ) -> None:
     """Read preference pairs (chosen/rejected; .jsonl, .jsonl.gz). Good lines are kept, a second import adds nothing."""
-    from feedback.importer import import_file
-
     with opened(config_path, "import") as (settings, stores, _):
         result = import_file(file, source, stores.log, stores.subjects, settings.feedback.tenant)
         stores.ingest()
@@ -51,8 +54,6 @@ def export_snapshot(
     config_path: ConfigPath = None,
 ) -> None:
     """Take a snapshot and write it as a training set; prints the snapshot's digest. Texts lie open in the file. Scope `dataset`."""
-    from feedback import export, snapshot
-
     with opened(config_path, "export") as (settings, stores, _):
         by = operator(stores, key, "dataset").owner
         if not snapshot.readable():
@@ -78,8 +79,6 @@ def schema() -> None:
 @app.command("stats")
 def stats(as_json: JsonOption = False, config_path: ConfigPath = None) -> None:
     """What the data folder holds: events, opinions, people, what waits and what was set aside. JSON unless in a terminal."""
-    from feedback.stats import statistics
-
     with opened(config_path, "stats") as (_, stores, _registry):
         found = statistics(stores)
     if as_json or not console.is_terminal:
@@ -112,8 +111,6 @@ def tail(
     config_path: ConfigPath = None,
 ) -> None:
     """This machine's last events, one JSON object a line; sealed texts stay sealed without --open."""
-    from feedback import tail as tailing
-
     with opened(config_path, "tail") as (_, stores, _registry):
         if unseal:
             operator(stores, key, "dataset")
@@ -127,6 +124,23 @@ def tail(
         for each in tailing.follow(stores.logs, position, kind or ()) if follow else ():
             if each is not None:
                 say(tailing.line(each, subjects))
+
+
+@app.command("dead-letters")
+def dead_letters(
+    resend: Annotated[bool, typer.Option("--resend", help="Let the relay try all of them again.")] = False, config_path: ConfigPath = None
+) -> None:
+    """What Kafka will not take: where it lies, why, and since when. It stays here until it was sent."""
+    paths = SqliteLogs(settings_from(config_path).feedback.data_dir / "log").partitions()
+    table, letters = Table("partition", "offset", "event", "since", "why"), outbox.dead_letters(paths)
+    for each in letters:
+        since = datetime.fromtimestamp(each.at_ms / 1000, UTC).isoformat(timespec="seconds")
+        table.add_row(each.partition, str(each.offset), each.event_id, since, each.reason)
+    console.print(table)
+    if resend:
+        for each in letters:
+            outbox.send_again(next(path for path in paths if path.stem == each.partition), each.offset)
+        say(f"{len(letters)} are sent again by the relay")
 
 
 def _ms(moment: datetime | None) -> int | None:

@@ -5,16 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from commands import feedback
 from commands.settings import ConfigPath, settings_from
-from commands.terminal import Steps, complain, console, say
-from feedback import outbox
+from commands.terminal import Steps, complain, say
 from feedback.archive import Archive
 from feedback.errors import ConfigError, NotDurable, PlauditError
 from feedback.readers import GroupReader
@@ -109,20 +105,3 @@ def _follow(catch_up: Callable[[], int], once: bool, told: str = "") -> None:
             time.sleep(1.0)
         time.sleep(0.1)
     say(f"{total} new events")
-
-
-@feedback.app.command("dead-letters")
-def dead_letters(
-    resend: Annotated[bool, typer.Option("--resend", help="Let the relay try all of them again.")] = False, config_path: ConfigPath = None
-) -> None:
-    """What Kafka will not take: where it lies, why, and since when. It stays here until it was sent."""
-    paths = SqliteLogs(settings_from(config_path).feedback.data_dir / "log").partitions()
-    table, letters = Table("partition", "offset", "event", "since", "why"), outbox.dead_letters(paths)
-    for each in letters:
-        since = datetime.fromtimestamp(each.at_ms / 1000, UTC).isoformat(timespec="seconds")
-        table.add_row(each.partition, str(each.offset), each.event_id, since, each.reason)
-    console.print(table)
-    if resend:
-        for each in letters:
-            outbox.send_again(next(path for path in paths if path.stem == each.partition), each.offset)
-        say(f"{len(letters)} are sent again by the relay")

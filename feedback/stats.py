@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from pathlib import Path
 
+from feedback import outbox
 from feedback.clock import stamp_ms
 from feedback.errors import NotDurable
 from feedback.events import Model
@@ -53,7 +53,7 @@ def statistics(stores: Stores) -> Statistics:
     """Count. Raises NotDurable where a file cannot be read."""
     path = stores.archive.path
     try:
-        with contextlib.closing(_reading(path)) as db:
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0)) as db:
             held: dict[str, dict[str, int]] = {}
             for slot, value, count in db.execute(HELD):
                 held.setdefault(slot, {})[value] = count
@@ -68,16 +68,8 @@ def statistics(stores: Stores) -> Statistics:
                 "newest_ms": stamp_ms(newest) if newest else None,
                 "poison": db.execute("SELECT count(*) FROM poison").fetchone()[0],
             }
-        unsent = dead = 0
-        for path in stores.logs.partitions():
-            with contextlib.closing(_reading(path)) as db:
-                unsent += db.execute("SELECT count(*) FROM events WHERE sent = 0").fetchone()[0]
-                dead += db.execute("SELECT count(*) FROM dead_letters").fetchone()[0]
     except sqlite3.Error as exc:
         raise NotDurable(f"{path} cannot be read: {exc}", retry_after_s=2) from exc
-    kafka = stores.settings.kafka.bootstrap is not None
-    return Statistics.model_validate(found | {"unsent": unsent if kafka else None, "dead_letters": dead})
-
-
-def _reading(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0)
+    partitions = stores.logs.partitions()
+    unsent = outbox.count(partitions, outbox.WAITS) if stores.settings.kafka.bootstrap is not None else None
+    return Statistics.model_validate(found | {"unsent": unsent, "dead_letters": outbox.count(partitions, outbox.DEAD)})
