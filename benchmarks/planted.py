@@ -13,7 +13,8 @@ from typing import Any
 from feedback.archive import Archive
 from feedback.events import ConsentWithdrawn, Event, FeedbackGiven, InteractionStarted, StartedText, SubjectErased
 from feedback.log import Position, Record
-from feedback.sqlite_log import SqliteLog, SqliteLogs
+from feedback.partitions import SqliteLogs
+from feedback.sqlite_log import SqliteLog
 from feedback.stores import Stores
 from feedback.tokens import Claims
 from serving.chat import Gateway

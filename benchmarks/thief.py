@@ -15,7 +15,7 @@ import aiohttp
 from benchmarks.gateway import MODEL, Running
 from feedback.events import FeedbackCleared, FeedbackGiven
 from feedback.keys import Scope
-from feedback.sqlite_log import SqliteLogs
+from feedback.partitions import SqliteLogs
 from serving.access import operations
 from serving.who import COOKIE
 

@@ -28,7 +28,7 @@ from feedback.errors import Gone, NotAuthenticated
 from feedback.events import FeedbackGiven, new_id
 from feedback.fold import fold
 from feedback.keys import ApiKey, ApiKeys
-from feedback.sqlite_log import SqliteLogs
+from feedback.partitions import SqliteLogs
 from feedback.tokens import Action, Claims, Tokens
 from serving.receipt import OF_A_COMPARISON, OF_AN_ANSWER
 

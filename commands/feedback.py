@@ -19,7 +19,7 @@ from feedback.errors import ConfigError, InvalidInput
 from feedback.events import TYPES, Source, json_schema
 from feedback.export import Form
 from feedback.importer import import_file
-from feedback.sqlite_log import SqliteLogs
+from feedback.partitions import SqliteLogs
 from feedback.stats import statistics
 
 DATES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]

@@ -13,9 +13,9 @@ from commands.settings import ConfigPath, settings_from
 from commands.terminal import Steps, complain, say
 from feedback.archive import Archive
 from feedback.errors import ConfigError, NotDurable, PlauditError
+from feedback.partitions import SqliteLogs
 from feedback.readers import GroupReader
 from feedback.relay import Relay
-from feedback.sqlite_log import SqliteLogs
 from feedback.stores import claim_name, member_name
 
 QUIET_S = 5.0

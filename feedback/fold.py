@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from feedback.archive import Archive
 from feedback.events import Event, FeedbackCleared, FeedbackGiven, Slot, SubjectErased
-from feedback.sqlite_log import SqliteLogs
+from feedback.partitions import SqliteLogs
 
 Said = FeedbackGiven | FeedbackCleared
 Cell = tuple[str, str, Slot]

@@ -9,13 +9,13 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from feedback.clock import wall_ms
 from feedback.errors import NotDurable, NotFound
-from feedback.sqlite_log import open_file
+from feedback.sqlite_log import open_file, open_to_read
 
 WAITS, SENT, DEAD = 0, 1, 2
 """Values of `sent`."""
@@ -151,11 +151,8 @@ def _reading(path: Path) -> Iterator[sqlite3.Connection]:
 
     A partition that another process is just creating has no tables yet: then the block ends where it asks for them."""
     try:
-        db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0)
-        try:
+        with closing(open_to_read(path)) as db:
             yield db
-        finally:
-            db.close()
     except sqlite3.Error as exc:
         if "no such table" in str(exc):
             return

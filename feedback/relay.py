@@ -24,7 +24,7 @@ from feedback.events import Event
 from feedback.kafka_log import KafkaLog
 from feedback.kafka_topic import RETRY_AFTER_S
 from feedback.outbox import Outbox
-from feedback.sqlite_log import SqliteLogs
+from feedback.partitions import SqliteLogs
 
 log = structlog.get_logger(__name__)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import structlog
 from pydantic import ValidationError
 
-from feedback.clock import HybridClock, stamp_ms
+from feedback.clock import HybridClock
 from feedback.database import configure, report_damage, settle, told
 from feedback.errors import IdempotencyMismatch, NotDurable, PlauditError
 from feedback.events import Event, decode, encode, partition_key
@@ -45,9 +44,6 @@ MAX_PENDING = 20_000
 """Events waiting for the disk; beyond it append says NotDurable at once instead of filling memory."""
 MAX_BATCH = 2_000
 RETRY_AFTER_S = 2
-PRUNED_AT_ONCE = 500
-MAX_IDLE = 8
-"""Connections to one partition that are kept for the next question."""
 
 log = structlog.get_logger()
 
@@ -250,100 +246,27 @@ class SqliteLog:
         return stored
 
 
-class SqliteLogs:
-    """All partitions in a folder, for those who read what other processes write."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._idle: dict[tuple[Path, int], list[sqlite3.Connection]] = {}
-
-    def close(self) -> None:
-        """Release files."""
-        while self._idle:
-            for db in self._idle.popitem()[1]:
-                db.close()
-
-    def partitions(self) -> list[Path]:
-        return sorted(self.folder.glob("*.sqlite"))
-
-    def read(self, position: Position, limit: int) -> list[Record]:
-        """See `EventLog.read`; each partition gets an equal share of the limit, so that a busy one does not starve the others."""
-        paths = self.partitions()
-        records: list[Record] = []
-        share = max(1, limit // max(1, len(paths)))
-        for path in paths:
-            records += read_file(path, position.get(path.stem, 0), min(share, limit - len(records)))
-        return records
-
-    def sync(self) -> None:
-        """fsync what can be read here, as what a killed process wrote last may not be. Raises NotDurable."""
-        for path in self.partitions():
-            try:
-                descriptor = os.open(f"{path}-wal", os.O_RDONLY)
-            except FileNotFoundError:  # all of it is in the database, fsynced
-                continue
-            try:
-                os.fsync(descriptor)
-            except OSError as exc:
-                raise NotDurable(f"the event log {path} could not be written: {exc.strerror}", retry_after_s=RETRY_AFTER_S) from exc
-            finally:
-                os.close(descriptor)
-
-    def about(self, key: str) -> list[Event]:
-        """Every event with this partition key (an interaction, a comparison, a subject), in no particular order."""
-        found: list[Event] = []
-        for path in self.partitions():
-            with self._reader(path) as db:
-                records = _query(db, path, "partition_key = ? ORDER BY offset", (key,))
-            found += [record.event for record in records if record.event is not None]
-        return found
-
-    @contextlib.contextmanager
-    def _reader(self, path: Path) -> Iterator[sqlite3.Connection]:
-        """A connection that is kept for the next question, because opening one takes longer than asking. Between two questions it holds
-        nothing back. Those to a file that was replaced meanwhile are not used again."""
-        try:
-            idle = self._idle.setdefault((path, path.stat().st_ino), [])
-        except OSError as exc:
-            raise NotDurable(f"the event log {path} cannot be read: {exc.strerror}", retry_after_s=RETRY_AFTER_S) from exc
-        try:
-            db = idle.pop()
-        except IndexError:
-            db = _connect(path)
-        try:
-            yield db
-        except BaseException:
-            db.close()
-            raise
-        if len(idle) < MAX_IDLE:
-            idle.append(db)
-        else:
-            db.close()
-
-    def last_stamp(self) -> int:
-        """The greatest stamp that is stored, 0 for none."""
-        last = [_select(path, "1 ORDER BY offset DESC LIMIT 1", ()) for path in self.partitions()]
-        return max((record.event.stamp for records in last for record in records if record.event), default=0)
-
-
 def read_file(path: Path, start: int, limit: int) -> list[Record]:
     """Records of one partition whose offset is at least `start`."""
-    return _select(path, "offset >= ? ORDER BY offset LIMIT ?", (start, limit)) if limit > 0 else []
+    return select(path, "offset >= ? ORDER BY offset LIMIT ?", (start, limit)) if limit > 0 else []
 
 
-def _select(path: Path, where: str, arguments: tuple[object, ...]) -> list[Record]:
-    with contextlib.closing(_connect(path)) as db:
-        return _query(db, path, where, arguments)
+def select(path: Path, where: str, arguments: tuple[object, ...]) -> list[Record]:
+    """Records of one partition for which the SQL condition holds. Raises NotDurable."""
+    with contextlib.closing(open_to_read(path)) as db:
+        return query(db, path, where, arguments)
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def open_to_read(path: Path) -> sqlite3.Connection:
+    """A connection that changes nothing. Raises NotDurable."""
     try:
         return sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0, check_same_thread=False)
     except sqlite3.Error as exc:
         raise NotDurable(f"the event log {path} cannot be read: {exc}", retry_after_s=RETRY_AFTER_S) from exc
 
 
-def _query(db: sqlite3.Connection, path: Path, where: str, arguments: tuple[object, ...]) -> list[Record]:
+def query(db: sqlite3.Connection, path: Path, where: str, arguments: tuple[object, ...]) -> list[Record]:
+    """The same over a connection that is open."""
     # All at once: a statement that is not read to its end would keep the write-ahead log from being begun anew.
     try:
         rows = db.execute(f"SELECT offset, value FROM events WHERE {where}", arguments).fetchall()
@@ -360,28 +283,3 @@ def parse(value: bytes) -> Event | None:
         return decode(value)
     except ValidationError:
         return None
-
-
-def prune(path: Path, archived: int, before_ms: int, only_sent: bool) -> int:
-    """Delete rows below offset `archived` that are older than `before_ms`, with `only_sent` none that Kafka does not have. How many.
-
-    May be called beside the process that writes the partition. Nothing of the rows is left in the file (`secure_delete`) and, unless
-    somebody reads it at this moment, in its write-ahead log."""
-    deleted = 0
-    try:
-        with contextlib.closing(open_file(path)) as db:
-            cut = 0
-            for offset, value in db.execute("SELECT offset, value FROM events WHERE offset < ? ORDER BY offset", (archived,)):
-                event = parse(value)
-                if event is not None and stamp_ms(event.stamp) >= before_ms:
-                    break
-                cut = offset
-            old = "SELECT offset FROM events WHERE offset <= ? AND (sent = 1 OR ?) ORDER BY offset LIMIT ?"
-            # In small transactions, so that the writer never waits long for its lock.
-            while some := db.execute(f"DELETE FROM events WHERE offset IN ({old})", (cut, not only_sent, PRUNED_AT_ONCE)).rowcount:
-                deleted += some
-            if deleted:
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    except sqlite3.Error as exc:
-        raise NotDurable(f"the event log {path} could not be pruned: {exc}", retry_after_s=RETRY_AFTER_S) from exc
-    return deleted

@@ -26,9 +26,10 @@ from feedback.errors import ConfigError, NotDurable
 from feedback.events import Event
 from feedback.files import new_file, sync
 from feedback.keys import ApiKeys
+from feedback.partitions import SqliteLogs, prune
 from feedback.readers import GroupReader
 from feedback.relay import Relay
-from feedback.sqlite_log import SqliteLog, SqliteLogs, prune
+from feedback.sqlite_log import SqliteLog
 from feedback.subjects import Subjects
 from feedback.tokens import Tokens
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from feedback.errors import Gone, NotDurable
 from feedback.events import Event, FeedbackGiven, FeedbackText, FinishedText, InteractionFinished, InteractionStarted, StartedText, encode
 from feedback.log import Position
-from feedback.sqlite_log import SqliteLogs, read_file
+from feedback.partitions import SqliteLogs
+from feedback.sqlite_log import open_to_read, read_file
 from feedback.subjects import Subjects
 
 POLL_S = 0.2
@@ -72,7 +73,7 @@ def line(event: Event, subjects: Subjects | None = None) -> str:
 def _end(path: Path) -> int:
     """The offset of the next event of a partition."""
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0)) as db:
+        with contextlib.closing(open_to_read(path)) as db:
             return int(db.execute("SELECT coalesce(max(offset), 0) + 1 FROM events").fetchone()[0])
     except sqlite3.Error as exc:
         raise NotDurable(f"the event log {path} cannot be read: {exc}", retry_after_s=2) from exc

@@ -22,7 +22,7 @@ from feedback.events import (
     SubjectErased,
 )
 from feedback.fold import Said, current_state
-from feedback.sqlite_log import SqliteLogs
+from feedback.partitions import SqliteLogs
 from feedback.subjects import Subjects
 from feedback.tokens import Action, Claims
 

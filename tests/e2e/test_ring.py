@@ -15,7 +15,7 @@ from examples.people import People
 from examples.ring import Ring
 from feedback.archive import Archive
 from feedback.events import InteractionStarted
-from feedback.sqlite_log import SqliteLogs
+from feedback.partitions import SqliteLogs
 
 pytestmark = [
     pytest.mark.slow,

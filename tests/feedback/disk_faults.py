@@ -24,7 +24,7 @@ from feedback_world import answered, rating, stores_in
 from feedback import snapshot
 from feedback.errors import Gone, PlauditError
 from feedback.events import Sealed, StartedText
-from feedback.sqlite_log import SqliteLogs
+from feedback.partitions import SqliteLogs
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

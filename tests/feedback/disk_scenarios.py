@@ -27,7 +27,8 @@ from feedback.clock import HybridClock
 from feedback.database import truncate_wal
 from feedback.errors import ConfigError, Gone, NotDurable
 from feedback.events import Sealed, StartedText
-from feedback.sqlite_log import SqliteLog, SqliteLogs
+from feedback.partitions import SqliteLogs
+from feedback.sqlite_log import SqliteLog
 from feedback.stores import Stores
 
 T = TypeVar("T")

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.kill import kills
 from deploy.broker import Broker
-from feedback.sqlite_log import SqliteLogs, read_file
+from feedback.partitions import SqliteLogs
+from feedback.sqlite_log import read_file
 
 pytestmark = pytest.mark.slow
 

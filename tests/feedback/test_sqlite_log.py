@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from feedback.clock import COUNTER_BITS, HybridClock
 from feedback.errors import ConfigError, IdempotencyMismatch, InvalidInput, NotDurable
-from feedback.sqlite_log import SqliteLog, SqliteLogs, prune
+from feedback.partitions import SqliteLogs, prune
+from feedback.sqlite_log import SqliteLog
 from feedback.stores import open_stores
 
 

@@ -16,7 +16,8 @@ from structlog.testing import capture_logs
 from feedback.clock import COUNTER_BITS, HybridClock
 from feedback.errors import NotDurable
 from feedback.events import Event
-from feedback.sqlite_log import SqliteLog, SqliteLogs
+from feedback.partitions import SqliteLogs
+from feedback.sqlite_log import SqliteLog
 
 ROOT = Path(__file__).parents[2]
 EVENTS = 12

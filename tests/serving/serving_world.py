@@ -22,7 +22,7 @@ from feedback.config import FeedbackSettings, LimitSettings, Settings
 from feedback.errors import NotFound
 from feedback.events import Event, InteractionFinished, InteractionStarted
 from feedback.limits import UNLIMITED
-from feedback.sqlite_log import SqliteLogs
+from feedback.partitions import SqliteLogs
 from feedback.stores import Stores, open_stores
 from serving.app import create_app
 from serving.config import ComparisonSettings, GatewaySettings, RecordSettings, ServerSettings

@@ -16,7 +16,7 @@ from serving_world import World, eventually, serve
 from feedback.config import FeedbackSettings, Settings
 from feedback.errors import ConfigError, NotDurable
 from feedback.events import Event, FeedbackGiven
-from feedback.sqlite_log import SqliteLogs
+from feedback.partitions import SqliteLogs
 from feedback.stores import open_stores
 from serving.config import RecordSettings
 
