@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
+from fastapi import FastAPI
 
 from deploy.config import PolicySettings
 from deploy.engine import Scripted
@@ -50,23 +51,32 @@ def gateway(data_dir: Path, *, limits: LimitSettings = UNLIMITED, token_s: float
     feedback = FeedbackSettings(data_dir=data_dir)
     stores = open_stores(Settings(feedback=feedback))
     engine = Scripted(echo, token_s=token_s)
-    engine._loaded[STABLE.name] = data_dir  # `load` is for the gateway's loop, which does not run yet
+    engine.loaded[STABLE.name] = data_dir
     settings = GatewaySettings(policy=PolicySettings(name=MODEL), feedback=feedback, limits=limits)
     app = create_app(stores, cast(Registry, FixedRoutes()), engine, settings)
+    try:
+        with listening(app) as url:
+            yield Running(url, stores, app)
+    finally:
+        stores.close()
+
+
+@contextlib.contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """A gateway's app on a free port, served by uvicorn in a thread of this process; its address."""
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    end = time.monotonic() + START_S
-    while not server.started:
-        if time.monotonic() > end or not thread.is_alive():
-            raise EngineUnavailable(f"the gateway did not start within {START_S:g} s")
-        time.sleep(0.01)
     try:
-        yield Running(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", stores, app)
+        end = time.monotonic() + START_S
+        while not server.started:
+            if time.monotonic() > end or not thread.is_alive():
+                raise EngineUnavailable(f"the gateway did not start within {START_S:g} s")
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(START_S)
-        stores.close()
 
 
 def echo(name: str, messages: Sequence[Mapping[str, Any]]) -> str:

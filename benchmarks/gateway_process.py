@@ -172,7 +172,7 @@ def _serve(ready: Connection, spec: Spec, port: int, clock_ms: Any) -> None:
     stores = open_stores(Settings(feedback=feedback), spec.name)
     bug.stores(stores)
     engine = Scripted(echo, token_s=spec.token_s)
-    engine._loaded = _Every()
+    engine.loaded = _Every()
     app = create_app(stores, Registry(stores.engine), engine, gateway_settings(feedback))
     bug.gateway(app.state.gateway)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))

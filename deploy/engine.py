@@ -174,7 +174,8 @@ class Scripted:
     def __init__(self, answers: Answers, *, token_s: float = 0.0) -> None:
         self._answers = answers
         self._token_s = token_s
-        self._loaded: dict[str, Path] = {}
+        self.loaded: dict[str, Path] = {}
+        """Its adapters; may be filled here instead of by `load`, which needs the loop that serves."""
         self.up = True
         """False: behaves like a server that is down."""
         self.streams_open = 0
@@ -185,17 +186,17 @@ class Scripted:
 
     async def models(self) -> dict[str, Path]:
         self._check_up()
-        return dict(self._loaded)
+        return dict(self.loaded)
 
     async def load(self, name: str, path: Path) -> None:
         self._check_up()
         if not (path / "adapter_config.json").is_file():
             raise EngineRefused(f"the model server refused with 404: no adapter at {path}")
-        self._loaded.setdefault(name, path.resolve())
+        self.loaded.setdefault(name, path.resolve())
 
     async def unload(self, name: str) -> None:
         self._check_up()
-        self._loaded.pop(name, None)
+        self.loaded.pop(name, None)
 
     @asynccontextmanager
     async def stream(self, body: Body, headers: Mapping[str, str] | None = None) -> AsyncIterator[AsyncIterator[Chunk]]:
@@ -225,7 +226,7 @@ class Scripted:
         """For each of the n answers its words and how it finished."""
         self._check_up()
         name = str(body["model"])
-        if name not in self._loaded:
+        if name not in self.loaded:
             raise EngineRefused(f"the model server refused with 404: The model `{name}` does not exist.")
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or 1 << 30
         written = []

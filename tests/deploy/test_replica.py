@@ -145,7 +145,7 @@ def test_what_a_restarted_server_forgot_is_loaded_again(two: dict[str, Path]) ->
         engine.up = False
         await table.until(task, set())
         for name in two:  # what a restart does
-            engine._loaded.pop(name)
+            engine.loaded.pop(name)
         engine.up = True
         await table.until(task, set(two))
         assert await engine.models() == two

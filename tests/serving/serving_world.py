@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx2
-import uvicorn
 
+from benchmarks.gateway import listening
 from deploy.config import PolicySettings
 from deploy.engine import Engine, Scripted
 from deploy.registry import Registry
@@ -75,7 +74,7 @@ class World:
     def fresh(self) -> World:
         """As if just started, for the next test."""
         self.engine.up = True
-        self.engine._loaded.update(dict.fromkeys(NAMES, self.data_dir / "adapter"))
+        self.engine.loaded.update(dict.fromkeys(NAMES, self.data_dir / "adapter"))
         self.routes.broken = False
         self.routes.table = RoutingTable(version=1, stable=STABLE)
         route = self.app.state.gateway.route
@@ -140,7 +139,7 @@ def serve(
     adapter.mkdir(exist_ok=True)
     (adapter / "adapter_config.json").write_text("{}")
     if isinstance(engine, Scripted):
-        engine._loaded.update(dict.fromkeys(NAMES, adapter))  # `load` is for the gateway's loop, which does not run yet
+        engine.loaded.update(dict.fromkeys(NAMES, adapter))
     routes = Routes()
     settings = GatewaySettings(
         server=server or ServerSettings(route_refresh_s=0.02, route_max_age_s=0.3),
@@ -151,18 +150,10 @@ def serve(
         limits=limits or UNLIMITED,
     )
     app = create_app(stores, cast(Registry, routes), engine, settings)
-    runner = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
-    thread = threading.Thread(target=runner.run, daemon=True)
-    thread.start()
-    eventually(lambda: runner.started)
-    url = f"http://127.0.0.1:{runner.servers[0].sockets[0].getsockname()[1]}"
-    http = httpx2.Client(base_url=url, timeout=10, verify=False)
     try:
-        yield World(url, engine, stores, routes, data_dir, secret, app, http)
+        with listening(app) as url, httpx2.Client(base_url=url, timeout=10, verify=False) as http:
+            yield World(url, engine, stores, routes, data_dir, secret, app, http)
     finally:
-        http.close()
-        runner.should_exit = True
-        thread.join(10)
         stores.close()
 
 

@@ -321,7 +321,7 @@ def test_an_engine_that_breaks_off_says_so_in_the_stream(tmp_path: Path) -> None
 
 
 def test_no_reply_names_the_adapter(world: World) -> None:
-    world.engine._loaded.clear()
+    world.engine.loaded.clear()
     reply = world.chat("hi")
     assert reply.status_code == 503
     assert "a-" + "a" * 16 not in reply.text

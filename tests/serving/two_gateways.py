@@ -52,7 +52,7 @@ class TwoGateways:
         adapter.mkdir(exist_ok=True)
         (adapter / "adapter_config.json").write_text("{}")
         engine = Scripted(echo)
-        engine._loaded[STABLE.name] = adapter
+        engine.loaded[STABLE.name] = adapter
         settings = GatewaySettings(
             server=ServerSettings(page=False, route_max_age_s=3600),
             record=RecordSettings(),
