@@ -194,8 +194,8 @@ def _move_clock(offset_ms: Any) -> None:
     time.time = lambda: real_s() + offset_ms.value / 1000
 
 
-def found_world(data_dir: Path, adapters: Path) -> str:
-    """A data folder with an API key and two adapters, the first of them stable. Returns the key's secret."""
+def make_world(data_dir: Path, adapters: Path) -> str:
+    """Make a data folder with an API key and two adapters, the first of them stable. Returns the key's secret."""
     stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=data_dir)), "operator")
     try:
         registry = Registry(stores.engine)

@@ -24,7 +24,7 @@ from typing import Any
 import aiohttp
 
 from benchmarks.checker import Anomaly, check
-from benchmarks.gateway_process import Child, GatewayProcess, Spec, found_world, promote, running, two_adapters
+from benchmarks.gateway_process import Child, GatewayProcess, Spec, make_world, promote, running, two_adapters
 from benchmarks.harness import FOLDER, Report, quick
 from benchmarks.load import Person, Site, ask_routes, collect, pseudonyms, take_snapshot, what_gateways_say
 from benchmarks.operations import History, Op, read
@@ -50,7 +50,7 @@ class World:
         self.bug = BUGS[bug] if bug else Bug()
         data = folder / "data"
         self.adapters = two_adapters(FOLDER / "adapters")
-        self.secret = found_world(data, FOLDER / "adapters")
+        self.secret = make_world(data, FOLDER / "adapters")
         self.bug.archive(data / "archive.sqlite")
         self.gateways = [GatewayProcess(Spec(data, name, bug)) for name in ("north", "south")]
         self.reader = Child(data / "reader.out", keep_reading, data, bug)

@@ -26,7 +26,7 @@ from typing import Any
 import aiohttp
 
 from benchmarks.checker import check
-from benchmarks.gateway_process import Child, GatewayProcess, Spec, found_world, running
+from benchmarks.gateway_process import Child, GatewayProcess, Spec, make_world, running
 from benchmarks.harness import FOLDER, Report, quick
 from benchmarks.history import keep_reading as read_partitions
 from benchmarks.load import Person, Site, collect, pseudonyms, take_snapshot, what_gateways_say
@@ -61,7 +61,7 @@ class System:
 
     def __init__(self, folder: Path, broker: Broker | None, *, bug: str | None = None, token_s: float = 0.002) -> None:
         data = folder / "data"
-        self.secret = found_world(data, FOLDER / "adapters")
+        self.secret = make_world(data, FOLDER / "adapters")
         self.broker = broker
         self.gateways = [GatewayProcess(Spec(data, name, bug, token_s)) for name in ("north", "south")]
         self.relays, self.readers = list[Child](), [Child(data / "reader.out", read_partitions, data, None)]
