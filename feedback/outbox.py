@@ -43,8 +43,6 @@ class Outbox:
         self._descriptor = descriptor
         self._db = open_file(path)
         self._db.execute("CREATE TABLE IF NOT EXISTS relayed (one INTEGER PRIMARY KEY CHECK (one = 1), topic TEXT NOT NULL)")
-        # Not fsynced: a mark that is lost only sends the row once more.
-        self._db.execute("PRAGMA synchronous=NORMAL")
 
     @classmethod
     def take(cls, path: Path) -> Outbox | None:
