@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -31,7 +31,12 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 BOX = re.compile(rb'"subjects":\["([^"\]]+)"\],"box":"([A-Za-z0-9+/=]+)"')
 NUMBERS = re.compile(rb"\d+(?:, ?\d+){3,}")
+TABLE_BITS = 20
+PADDING = 64
+"""So much of the zeros at a file's end is looked at: Kafka's indexes are megabytes of them."""
 SCRIPTS = "αβγδεζηθικλμνξοπρστυφχψωабвгдежзийклмнопрстуфхцчшщъыьэюяあいうえおかきくけこ✓★☂♞"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,34 @@ def told(name: str, messages: Sequence[Mapping[str, Any]]) -> str:
     return f"{messages[-1]['content']}".replace("question", "answer") + f" ({secrets.token_hex(2)})"
 
 
+class Needles(Generic[T]):
+    """Byte strings of at least eight bytes, looked for all at once: a table says where one's first eight may stand, and there it is compared.
+
+    Looking for one after the other takes thirty times as long."""
+
+    def __init__(self, labels: Mapping[bytes, Collection[T]]) -> None:
+        self._starting: dict[int, list[tuple[bytes, Collection[T]]]] = {}
+        for needle, meant in labels.items():
+            self._starting.setdefault(int(np.frombuffer(needle, "<u8", 1)[0]), []).append((needle, meant))
+        self._table = np.zeros(1 << TABLE_BITS, dtype=bool)
+        self._table[_slots(np.array(list(self._starting), dtype=np.uint64))] = True
+
+    def within(self, data: bytes) -> list[T]:
+        """What the strings mean that stand in the data, each once."""
+        found: dict[bytes, Collection[T]] = {}
+        for shift in range(min(8, len(data) - 7)):
+            windows = np.frombuffer(data, "<u8", (len(data) - shift) // 8, shift)
+            for at in np.flatnonzero(self._table[_slots(windows)]).tolist():
+                for needle, meant in self._starting.get(int(windows[at]), ()):
+                    if needle not in found and data.startswith(needle, shift + 8 * at):
+                        found[needle] = meant
+        return [each for meant in found.values() for each in meant]
+
+
+def _slots(words: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    return (words * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - TABLE_BITS)
+
+
 @dataclass
 class Search:
     """Looks through folders. `wrapped` are keys of people as they once lay in the database; their bytes anywhere are a finding, too."""
@@ -104,7 +137,11 @@ class Search:
 
     def found(self, roots: Sequence[Path], people: Collection[Person]) -> dict[str, list[str]]:
         """For each person's name where they were found: `file: form`."""
-        forms = [(person.name, form, needle) for person in people for form, needle in person.forms().items()]
+        labels: dict[bytes, list[tuple[str, str]]] = {}
+        for person in people:
+            for form, needle in person.forms().items():
+                labels.setdefault(needle, []).append((person.name, form))
+        forms = Needles(labels)
         hits: dict[str, list[str]] = {}
         keys = dict(self._surviving(roots))
         wanted = {person.name for person in people}
@@ -112,17 +149,16 @@ class Search:
             if (name := self.names.get(subject)) in wanted:
                 hits.setdefault(str(name), []).append(f"the key of generation {generation}: its bytes")
         for path, how, data in self._views(roots, keys):
-            for name, form, needle in forms:
-                if needle in data:
-                    hits.setdefault(name, []).append(f"{path}{how}: {form}")
+            for name, form in forms.within(data):
+                hits.setdefault(name, []).append(f"{path}{how}: {form}")
         return hits
 
     def _surviving(self, roots: Iterable[Path]) -> Iterator[tuple[tuple[str, int], bytes]]:
         """Keys whose wrapped bytes stand in any file, unwrapped, as a thief with the key-encryption key could."""
-        raws = [raw for path in _files(roots) for how, raw in _contents(path) if not how]
-        for wrapped, (subject, generation) in self.wrapped.items():
-            if any(wrapped in raw for raw in raws):
-                yield (subject, generation), AESGCM(self.kek).decrypt(wrapped[:12], wrapped[12:], f"{subject}/{generation}".encode())
+        wrapped = Needles({each: [each] for each in self.wrapped})
+        for each in {each for path in _files(roots) for how, raw in _contents(path, whole=True) for each in wrapped.within(raw)}:
+            subject, generation = self.wrapped[each]
+            yield (subject, generation), AESGCM(self.kek).decrypt(each[:12], each[12:], f"{subject}/{generation}".encode())
 
     def _views(self, roots: Iterable[Path], keys: dict[tuple[str, int], bytes]) -> Iterator[tuple[Path, str, bytes]]:
         for path in _files(roots):
@@ -162,13 +198,15 @@ def _files(roots: Iterable[Path]) -> list[Path]:
     return [path for root in roots for path in sorted(root.rglob("*")) if path.is_file()]
 
 
-def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The file's bytes, and what is packed in them."""
+def _contents(path: Path, whole: bool = False) -> Iterator[tuple[str, bytes]]:
+    """The file's bytes, and, unless they are wanted as a whole, what is packed in them."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:  # a running process has just done away with it
         return
-    yield "", raw
+    yield "", raw[: len(raw.rstrip(b"\0")) + PADDING]
+    if whole:
+        return
     if raw[:2] == b"\x1f\x8b":
         try:
             yield " unpacked", gzip.decompress(raw)
