@@ -91,9 +91,8 @@ def told(name: str, messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 class Needles(Generic[T]):
-    """Byte strings of at least eight bytes, looked for all at once: a table says where one's first eight may stand, and there it is compared.
-
-    Looking for one after the other takes thirty times as long."""
+    """Byte strings of at least eight bytes, looked for all at once: a table says where the first eight of one may stand, and there it is
+    compared. A search for one after the other reads everything a thousand times."""
 
     def __init__(self, labels: Mapping[bytes, Collection[T]]) -> None:
         self._starting: dict[int, list[tuple[bytes, Collection[T]]]] = {}

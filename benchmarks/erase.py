@@ -3,13 +3,15 @@
     make bench-erase             50 people, 25 of them erased; a whole learning cycle and one that was interrupted
     QUICK=1 make bench-erase     the same without the whole cycle and its report
 
-A real gateway over the scripted engine and a real Kafka broker; everybody has unique strings in questions, answers, comments, corrections
-and metadata. Exports and a backup are made, then the gateway is killed, so that write-ahead logs are left behind. People are erased over
-HTTP, by the page's session and on the command line, some of them while the broker is away and their words wait for it. Searched is all that
-`canaries.py` describes: data folder, logs, what is exported afterwards, the backup restored where nothing is known but the list of erasures,
-and where nothing is known but the topic, Kafka's segments, an archive made from the topic. Each search shows that it finds what is there
-on the people who stayed, on everybody before, on planted encodings and with keys that were stolen before the erasure. The control is the
-same with one step left out, for each step whose absence leaves something. Without java and mvn the parts about Kafka are left out.
+A real gateway over the scripted engine and a real Kafka broker; everybody has unique strings in questions, answers, comments,
+corrections and metadata. Exports and a backup are made, then the gateway is killed, so that write-ahead logs are left behind. People are
+erased over HTTP, by the page's session and on the command line, some of them while the broker is away and their words wait for it.
+
+Searched is all that `canaries.py` describes: data folder, logs, what is exported afterwards, Kafka's segments, an archive made from the
+topic, the backup restored where nothing is known but the list of erasures, and where nothing is known but the topic. Each search shows
+that it finds what is there on the people who stayed, on everybody before, on planted encodings and with keys that were stolen before the
+erasure. The control is the same with one step left out, for each step whose absence leaves something. Without java and mvn the parts
+about Kafka are left out, and the figure `skipped` says so.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from trainer.policy import Policy
 
 CONTROLS = 5
 """So many are erased with a step left out."""
+KAFKA = "outbox, dead letters, Kafka's segments, an archive and a restore by the topic"
 LEFT_OUT: dict[str, tuple[Any, str, Callable[..., object]]] = {
     "keys are not destroyed": (Subjects, "erase", lambda *_, **__: 0),
     "the write-ahead log of the keys is not emptied": (Subjects, "scrub", lambda *_: None),
@@ -223,7 +226,7 @@ def searched(world: World, roots: list[Path]) -> None:
     report.check("erased people of whom the stolen keys open something in the data folder", len(stolen), at_most=0)
     world.figures |= {"found_of_who_stayed": places(kept, place.root), "left": {name: found[:3] for name, found in left.items()}}
     world.figures |= {"left_for_stolen_keys": {name: found[:3] for name, found in stolen.items()}}
-    world.figures |= {"counted_in_pages": len(copies.left_in_pages(place) & dict(world.going).keys())}
+    world.figures |= {"erased_whose_counters_left_bytes": len(copies.left_in_pages(place) & dict(world.going).keys())}
     world.caught[NO_LIST] = len(search.found([copies.restored(place, "unaware")], world.gone)) == len(world.gone)
     if not quick():
         again = search.found([copies.replaced(place)], world.people)
@@ -244,9 +247,7 @@ def run(report: Report, place: Place) -> dict[str, Any]:
     for step in LEFT_OUT:
         world.caught[step] = caught(place.root / "before", place.root / "control", step, dict(world.going[:CONTROLS]), world.search)
     report.control("one step is left out: " + "; ".join(world.caught), caught=all(world.caught.values()))
-    skipped = (
-        {} if place.broker is not None else {"outbox, dead letters, Kafka's segments, an archive made from the topic": broker.missing()}
-    )
+    skipped = {KAFKA: broker.missing()} if place.broker is None else {}
     for what, why in skipped.items():
         report.say(f"left out: {what}: {why}")
     return {"people": PEOPLE, "erased": len(world.gone), "skipped": skipped, **world.figures, "controls_caught": world.caught}
