@@ -44,7 +44,13 @@ BY_COMMAND = (1, 4, 7)
 TOO_LARGE = (46, 47)
 """Somebody who stays and somebody who goes say something that Kafka does not take."""
 TOO_LARGE_BYTES = 2_200_000
-LIMITS = {"chat_per_minute": 10_000, "streams_per_key": 0, "feedback_per_minute": 1_000, "feedback_per_day": 1_000, "changes": 100}
+LIMITS: dict[str, object] = {
+    "chat_per_minute": 10_000,
+    "streams_per_key": 0,
+    "feedback_per_minute": 1_000,
+    "feedback_per_day": 1_000,
+    "changes": 100,
+}
 """Nobody meets them here, and everybody is counted."""
 LEARNING = LearningSettings(
     reward_model=RewardModelSettings(maps=("linear",), ridges=(0.3, 3.0), folds=2, grid_extensions=0, base_samples=2),
