@@ -182,6 +182,11 @@ def erase_all(world: World) -> None:
     counted = copies.counted(place)
     report.check("people who stayed and whose counters name their answers", len(counted - names.keys()), at_least=len(world.stayed))
     report.check("erased people of whom a counter names an answer", len(counted & names.keys()), at_most=0)
+    left = copies.left_in_pages(place)
+    report.check(
+        "people who stayed and whose answers the bytes of the counters' file name", len(left - names.keys()), at_least=len(world.stayed)
+    )
+    report.check("erased people of whom they name an answer", len(left & names.keys()), at_most=0)
 
 
 def kafka(world: World) -> list[Path]:
@@ -226,7 +231,6 @@ def searched(world: World, roots: list[Path]) -> None:
     report.check("erased people of whom the stolen keys open something in the data folder", len(stolen), at_most=0)
     world.figures |= {"found_of_who_stayed": places(kept, place.root), "left": {name: found[:3] for name, found in left.items()}}
     world.figures |= {"left_for_stolen_keys": {name: found[:3] for name, found in stolen.items()}}
-    world.figures |= {"erased_whose_counters_left_bytes": len(copies.left_in_pages(place) & dict(world.going).keys())}
     world.caught[NO_LIST] = len(search.found([copies.restored(place, "unaware")], world.gone)) == len(world.gone)
     if not quick():
         again = search.found([copies.replaced(place)], world.people)

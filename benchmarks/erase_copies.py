@@ -115,14 +115,14 @@ def dead(place: Place) -> set[str]:
 
 
 def counted(place: Place) -> set[str]:
-    """Of whom `limits.sqlite` names an answer, as live rows or as what they left in its pages."""
+    """Of whom a row of `limits.sqlite` names an answer."""
     with closing(sqlite3.connect(f"file:{place.data / 'limits.sqlite'}?mode=ro", uri=True, timeout=10)) as db:
         rows = db.execute("SELECT who FROM used WHERE setting = 'changes' AND who NOT LIKE '% themselves'")
         return {str(row[0]).partition(" ")[0] for row in rows}
 
 
 def left_in_pages(place: Place) -> set[str]:
-    """The same in the bytes of the file and of its write-ahead log."""
+    """The same in the bytes of the file and of its write-ahead log, whether a row holds them or not."""
     data = b"".join(path.read_bytes() for path in sorted(place.data.glob("limits.sqlite*")))
     return {found.decode() for found in re.findall(rb"(s_[0-9a-f]{32}) [0-9a-f]{8}-", data)}
 

@@ -291,8 +291,10 @@ def _remember(engine: Engine, subject: str, digest: str, rows: int) -> None:
 def _forget_limits(path: Path, subject: str) -> None:
     """Counters that name an answer of the subject's. Those of the person alone stay until they end, or erasing would lift every limit."""
     if path.exists():
-        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, timeout=5.0)) as db, db:
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=5.0)) as db:
+            db.execute("PRAGMA secure_delete=ON")
             db.execute("DELETE FROM used WHERE who LIKE ? || ' %' AND who NOT LIKE ? || ' themselves'", (subject, subject))
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _scrub_file(path: Path) -> None:

@@ -167,6 +167,7 @@ def _open(path: Path) -> sqlite3.Connection:
         try:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=NORMAL")  # never fsynced at a commit, and no power cut can break the file
+            db.execute("PRAGMA secure_delete=ON")  # a counter that an erasure deletes leaves no older copy of itself
             db.executescript(SCHEMA)
             return db
         except sqlite3.OperationalError:
