@@ -21,6 +21,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -120,7 +121,10 @@ def places(hits: Mapping[str, list[str]], root: Path) -> dict[str, int]:
 
 def begun(report: Report, place: Place) -> World:
     """Everybody has talked; what the search finds of them before anybody is erased."""
-    tokenizer = Policy.load(load("concierge").policy_dir(place.root)).tokenizer
+    with ThreadPoolExecutor(1) as pool:
+        prepared = pool.submit(place.prepare)  # the broker starts meanwhile
+        tokenizer = Policy.load(load("concierge").policy_dir(place.root)).tokenizer
+    prepared.result()
     people = invent(PEOPLE, tokenizer.get_vocab(), report.seed)
     subjects = lived(report, place, people)
     before = place.root / "before"
@@ -205,7 +209,7 @@ def kafka(world: World) -> list[Path]:
     report.check("events by which an archive made from the topic differs from the one that lived", len(differing), at_most=0)
     report.check("erased people of whom the stolen keys open something in that archive", len(world.stolen(world.gone, made)), at_most=0)
     world.caught[NO_ERASURES] = bool(world.stolen(world.gone, copies.from_topic(place, "forgetful", forgetful=True)))
-    return [segments, made, copies.restored(place, "restored-by-topic", kafka=True)]
+    return [segments, made]
 
 
 def searched(world: World, roots: list[Path]) -> None:
@@ -231,7 +235,6 @@ def searched(world: World, roots: list[Path]) -> None:
     report.check("erased people of whom the stolen keys open something in the data folder", len(stolen), at_most=0)
     world.figures |= {"found_of_who_stayed": places(kept, place.root), "left": {name: found[:3] for name, found in left.items()}}
     world.figures |= {"left_for_stolen_keys": {name: found[:3] for name, found in stolen.items()}}
-    world.caught[NO_LIST] = len(search.found([copies.restored(place, "unaware")], world.gone)) == len(world.gone)
     if not quick():
         again = search.found([copies.replaced(place)], world.people)
         report.check("erased people found in the data folder after a restore in its place", len(again.keys() & gone), at_most=0)
@@ -245,8 +248,15 @@ def run(report: Report, place: Place) -> dict[str, Any]:
     place.export("exported-after")
     lists = place.root / "kept-elsewhere.jsonl"
     shutil.copy(place.data / "erased.jsonl", lists)
-    roots = [place.data, place.root / "logs", place.root / "exported-after", copies.restored(place, "restored", lists)]
-    roots += kafka(world) if place.broker is not None else []
+    roots = [place.data, place.root / "logs", place.root / "exported-after"]
+    with ThreadPoolExecutor(2) as pool:  # a restore has a process of its own
+        unaware = pool.submit(copies.restored, place, "unaware")
+        aware = [pool.submit(copies.restored, place, "restored", lists)]
+        if place.broker is not None:
+            aware.append(pool.submit(copies.restored, place, "restored-by-topic", kafka=True))
+            roots += kafka(world)
+    roots += [each.result() for each in aware]
+    world.caught[NO_LIST] = len(world.search.found([unaware.result()], world.gone)) == len(world.gone)
     searched(world, roots)
     for step in LEFT_OUT:
         world.caught[step] = caught(place.root / "before", place.root / "control", step, dict(world.going[:CONTROLS]), world.search)

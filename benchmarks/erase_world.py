@@ -302,7 +302,6 @@ def say_too_much(place: Place, people: Mapping[str, Person]) -> None:
 
 def lived(report: Report, place: Place, people: Sequence[Person]) -> dict[str, Person]:
     """Everybody talks, snapshots, exports and a backup are taken, the trainer learns, the gateway is killed. Whose pseudonym is whose."""
-    place.prepare()
     place.start()
     requests, digests = 0, []
     for part in (people[: PEOPLE // 2], people[PEOPLE // 2 :]):
