@@ -22,6 +22,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from feedback.errors import ConfigError, NotDurable
 from feedback.files import sync
 
+LOOKS = 5
 COPY_BYTES = 1 << 20
 
 log = structlog.get_logger()
@@ -95,26 +96,50 @@ def report_damage(db: sqlite3.Connection) -> int:
         return 0
     wal = Path(f"{file}-wal")
     try:
-        # SQLite tells the count of valid frames in passing. It stands in the -shm file too, but whoever opens and closes that one, or
-        # the database, beside SQLite loses this process's locks on it, and the next process to come takes the file for abandoned.
-        valid = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1]
-        with wal.open("rb") as whole:
-            left_out = _left_out(whole, max(0, valid))
-        if left_out:
-            kept = wal.with_name(f"{wal.name}.{time.time_ns() // 1_000_000}.damaged")
-            shutil.copyfile(wal, kept)
-            log.error(
-                "the end of a write-ahead log cannot be read",
-                file=str(wal),
-                transactions=left_out,
-                kept=str(kept),
-                next_step="if the machine lost power or the disk failed, compare with a backup; otherwise delete the copy",
-            )
-    except FileNotFoundError:
-        return 0
+        for _ in range(LOOKS):
+            found = _damage(db, wal)
+            if found is not None:
+                return found
     except OSError as exc:
         raise sqlite3.OperationalError(f"its write-ahead log cannot be looked at: {exc.strerror}") from exc
+    return 0  # others are writing it all the time, so it is whole
+
+
+def _damage(db: sqlite3.Connection, wal: Path) -> int | None:
+    """One look; None where somebody committed meanwhile, which looks like damage."""
+    valid = _valid_frames(db)
+    db.execute("BEGIN IMMEDIATE")  # so that nobody writes while we read
+    try:
+        with wal.open("rb") as whole:
+            left_out = _left_out(whole, valid)
+        kept = wal.with_name(f"{wal.name}.{time.time_ns() // 1_000_000}.damaged")
+        if left_out:
+            shutil.copyfile(wal, kept)
+    except FileNotFoundError:
+        return 0
+    finally:
+        db.execute("ROLLBACK")
+    if left_out and _valid_frames(db) != valid:
+        kept.unlink()
+        return None
+    if left_out:
+        log.error(
+            "the end of a write-ahead log cannot be read",
+            file=str(wal),
+            transactions=left_out,
+            kept=str(kept),
+            next_step="if the machine lost power or the disk failed, compare with a backup; otherwise delete the copy",
+        )
     return left_out
+
+
+def _valid_frames(db: sqlite3.Connection) -> int:
+    """How many frames of the write-ahead log count. SQLite tells it in passing.
+
+    It stands in the -shm file too, but whoever opens and closes that one, or the database, beside SQLite loses this process's locks on
+    it, and the next process to come takes the file for abandoned.
+    """
+    return max(0, int(db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1]))
 
 
 def _left_out(wal: BinaryIO, valid: int) -> int:

@@ -203,6 +203,8 @@ def _complete(stores: Stores, subject: str, stamp: int, actor: str, reason: str,
     stores.archive.ingest(stores.logs)
     _scrub_file(stores.archive.path)
     rows = _clean_partitions(stores.logs.partitions(), subject, stamp)
+    for copy in (*data_dir.glob("*.damaged"), *(data_dir / "log").glob("*.damaged")):
+        copy.unlink(missing_ok=True)  # of a torn log's end (`database.report_damage`); it may hold their key or their rows
     _forget_limits(data_dir / "limits.sqlite", subject)
     redacted, complete = _clean_snapshots(stores.engine, data_dir / "snapshots", {subject: stamp})
     if then is not None:

@@ -74,6 +74,16 @@ def test_everything_of_one_person_goes_and_everything_of_the_other_stays(tmp_pat
     stores.close()
 
 
+def test_copies_of_torn_logs_go_too(tmp_path: Path) -> None:
+    stores = two_people(tmp_path)
+    copies = [tmp_path / "registry.sqlite-wal.1.damaged", tmp_path / "log" / "gateway.sqlite-wal.2.damaged"]
+    for copy in copies:
+        copy.write_bytes(b"a wrapped key")
+    erasure.erase(stores, "anna", "mara", "she asked")
+    assert not any(copy.exists() for copy in copies)
+    stores.close()
+
+
 def test_again_changes_nothing_and_a_returning_person_is_somebody_new(tmp_path: Path) -> None:
     stores = two_people(tmp_path)
     first = erasure.erase(stores, "anna", "mara", "she asked")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from feedback_world import rating, stores_in
 from structlog.testing import capture_logs
 
 from feedback.clock import COUNTER_BITS, HybridClock
+from feedback.database import configure, report_damage
 from feedback.errors import NotDurable
 from feedback.events import Event
 from feedback.partitions import SqliteLogs
@@ -170,3 +173,26 @@ def test_looking_for_damage_keeps_this_process_its_locks(tmp_path: Path) -> None
         [sys.executable, "-c", BESIDE, str(tmp_path / "log.sqlite")], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "BlockingIOError" in done.stdout, (done.stdout, done.stderr)
+
+
+WRITING = """
+import sqlite3, sys, time
+db = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=5)
+db.execute("INSERT INTO t VALUES (0)")
+print(flush=True)
+for _ in range(2000):
+    db.execute("INSERT INTO t VALUES (1)")
+    time.sleep(0.002)
+"""
+
+
+def test_a_log_that_another_process_writes_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "shared.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None, timeout=5)) as db:
+        configure(db)
+        db.execute("CREATE TABLE t (x)")
+        with subprocess.Popen([sys.executable, "-c", WRITING, str(path)], stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None and child.stdout.readline()
+            found = sum(report_damage(db) for _ in range(20))
+            child.kill()
+    assert found == 0 and list(tmp_path.glob("*.damaged")) == []
