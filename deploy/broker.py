@@ -83,8 +83,7 @@ class Broker:
         path.write_text("".join(f"{name}={value}\n" for name, value in self._properties().items()))
         progress("Kafka starts", 0.1)
         if not (self.folder / "data" / "meta.properties").exists():
-            cluster = base64.urlsafe_b64encode(os.urandom(16)).decode().rstrip("=")
-            if self._java(libs, "-Xmx128m", "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(path)).wait(START_S) != 0:
+            if self._java(libs, "-Xmx128m", "kafka.tools.StorageTool", "format", "-t", cluster_id(), "-c", str(path)).wait(START_S) != 0:
                 raise NotDurable(f"Kafka could not format {self.folder / 'data'}: {self._said()}")
         self._process = self._java(libs, "-Xmx512m", "kafka.Kafka", str(path))
         process.remember(self._pid_file, self._process.pid)
@@ -181,3 +180,8 @@ def _read(path: Path) -> dict[str, str]:
 def _port_in(listeners: str) -> int:
     first = listeners.split(",")[0].rpartition(":")[2]
     return int(first) if first.isdigit() else 0
+
+
+def cluster_id() -> str:
+    """A new one: 16 bytes in url-safe base64. The first is 0, because Kafka's own tool takes an id that begins with `-` for an option."""
+    return base64.urlsafe_b64encode(b"\0" + os.urandom(15)).decode().rstrip("=")
