@@ -83,7 +83,8 @@ class Broker:
         path.write_text("".join(f"{name}={value}\n" for name, value in self._properties().items()))
         progress("Kafka starts", 0.1)
         if not (self.folder / "data" / "meta.properties").exists():
-            if self._java(libs, "-Xmx128m", "kafka.tools.StorageTool", "format", "-t", cluster_id(), "-c", str(path)).wait(START_S) != 0:
+            formatting = self._java(libs, "-Xmx128m", "kafka.tools.StorageTool", "format", "-t", cluster_id(), "-c", str(path))
+            if formatting.wait(START_S) != 0:
                 raise NotDurable(f"Kafka could not format {self.folder / 'data'}: {self._said()}")
         self._process = self._java(libs, "-Xmx512m", "kafka.Kafka", str(path))
         process.remember(self._pid_file, self._process.pid)
