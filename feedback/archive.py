@@ -20,7 +20,7 @@ import structlog
 from pydantic import ValidationError
 
 from feedback.clock import COUNTER_BITS, wall_ms
-from feedback.database import configure, report_damage, settle, told
+from feedback.database import configure, immediate, report_damage, settle, told
 from feedback.errors import ConfigError, Conflict, NotDurable
 from feedback.events import (
     SCHEMA_VERSION,
@@ -301,13 +301,8 @@ class Archive:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
             try:
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._db
-                except BaseException:
-                    self._db.execute("ROLLBACK")
-                    raise
-                self._db.execute("COMMIT")
+                with immediate(self._db) as db:
+                    yield db
             except sqlite3.Error as exc:
                 raise NotDurable(f"the archive {self.path} could not be written: {told(exc)}", retry_after_s=2) from exc
 

@@ -173,6 +173,18 @@ def _write_again(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def immediate(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """All or nothing on a connection in autocommit mode, with the write lock from the start. Raises sqlite3.Error."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield db
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
+
+@contextlib.contextmanager
 def transaction(engine: Engine) -> Iterator[Connection]:
     """All or nothing, committed at the end. Raises NotDurable where the database does not answer or takes no more."""
     try:

@@ -10,7 +10,6 @@ and the few places where texts lie open. `then` is what later rooms add: which a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from feedback.config import FeedbackSettings
 from feedback.database import create_tables, transaction, truncate_wal
 from feedback.errors import NotDurable, NotFound
 from feedback.events import ConsentWithdrawn, FeedbackCleared, FeedbackGiven, InteractionStarted, SubjectErased, new_id
+from feedback.files import locked_folder
 from feedback.sqlite_log import open_file, parse
 from feedback.stores import Stores
 
@@ -310,17 +310,8 @@ def _scrub_file(path: Path) -> None:
 @contextlib.contextmanager
 def _alone(data_dir: Path) -> Iterator[None]:
     """One erasure at a time on a data folder; the kernel frees the lock of a process that dies."""
-    folder = data_dir / "erasures"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as exc:
-        raise NotDurable(f"the folder {folder} cannot be used: {exc.strerror}; erase again", retry_after_s=2) from exc
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with locked_folder(data_dir / "erasures", next_step="; erase again"):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _mark_of(data_dir: Path, subject: str, kind: str) -> Path:

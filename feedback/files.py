@@ -1,12 +1,15 @@
-"""Files that are still there, and whole, after a power cut: fsynced, and their folders too. Everything here raises OSError."""
+"""Files that are still there, and whole, after a power cut: fsynced, and their folders too. These raise OSError. And a lock."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from feedback.errors import NotDurable
 
 
 @contextlib.contextmanager
@@ -31,3 +34,18 @@ def sync_folders(top: Path) -> None:
     """fsync a folder and all below it."""
     for folder in (top, *(path for path in top.rglob("*") if path.is_dir())):
         sync(folder)
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, next_step: str = "") -> Iterator[None]:
+    """One process at a time; the kernel frees the lock of one that dies. Raises NotDurable where the folder cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as exc:
+        raise NotDurable(f"the folder {folder} cannot be used: {exc.strerror}{next_step}", retry_after_s=2) from exc
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feedback.clock import wall_ms
+from feedback.database import immediate
 from feedback.errors import NotDurable, NotFound
 from feedback.sqlite_log import open_file, open_to_read
 
@@ -73,7 +74,7 @@ class Outbox:
         False where the partition was sent to another topic before, as after that one was deleted: then nothing that it got counts as sent
         any more, these rows included, and everything that still lies here is sent again.
         """
-        with self._transaction() as db:
+        with immediate(self._db) as db:
             known = db.execute("SELECT topic FROM relayed").fetchone()
             if known is None or known[0] != topic:
                 db.execute("INSERT OR REPLACE INTO relayed VALUES (1, ?)", (topic,))
@@ -85,16 +86,6 @@ class Outbox:
                 if problem is not None:
                     db.execute("INSERT OR REPLACE INTO dead_letters VALUES (?, ?, ?)", (offset, problem, wall_ms()))
         return True
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield self._db
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
 
 def outcomes(path: Path, event_ids: Iterable[str]) -> dict[str, int]:

@@ -10,7 +10,6 @@ about a dropped row, because the leaf key went with the subject's key. `pyarrow`
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import importlib.util
@@ -30,7 +29,7 @@ from feedback.archive import Archive, Interaction
 from feedback.clock import stamp_ms
 from feedback.errors import Gone, NotDurable, NotFound, TrainingRefused
 from feedback.events import FeedbackGiven, FinishedText, Model, Sealed, Source, StartedText
-from feedback.files import sync
+from feedback.files import locked_folder, sync
 from feedback.subjects import Subjects
 
 ROW_VERSION = 1
@@ -131,16 +130,8 @@ def locked(out_dir: Path) -> Iterator[None]:
     """Nobody else writes or redacts a snapshot in this folder meanwhile; the kernel frees the lock of a process that dies.
 
     Raises NotDurable where the folder cannot be made."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out_dir, os.O_RDONLY)
-    except OSError as exc:
-        raise NotDurable(f"the folder {out_dir} cannot be used: {exc.strerror}", retry_after_s=2) from exc
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with locked_folder(out_dir):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def readable() -> bool:

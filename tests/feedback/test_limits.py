@@ -116,6 +116,7 @@ def test_what_cannot_be_counted_is_let_through(tmp_path: Path) -> None:
     limits = Limits(tmp_path / "no such folder" / "limits.sqlite", SETTINGS)
     for _ in range(10):
         limits.chat("app")
+    assert not (tmp_path / "no such folder").exists()
     limits.close()
 
 
