@@ -26,7 +26,7 @@ from sqlalchemy.exc import IntegrityError
 from feedback import audit, snapshot
 from feedback.clock import stamp_ms, wall_ms
 from feedback.config import FeedbackSettings
-from feedback.database import create_tables, transaction, truncate_wal
+from feedback.database import create_tables, immediate, transaction, truncate_wal
 from feedback.errors import NotDurable, NotFound
 from feedback.events import ConsentWithdrawn, FeedbackCleared, FeedbackGiven, InteractionStarted, SubjectErased, new_id
 from feedback.files import locked_folder
@@ -250,16 +250,14 @@ def _delete(path: Path, offsets: list[int], about: list[str]) -> int:
     try:
         with contextlib.closing(open_file(path)) as db:
             for start in range(0, len(offsets), BATCH):
-                db.execute("BEGIN IMMEDIATE")
                 some = [(offset,) for offset in offsets[start : start + BATCH]]
-                deleted += db.executemany("DELETE FROM events WHERE offset = ?", some).rowcount
-                db.executemany("DELETE FROM dead_letters WHERE offset = ?", some)
-                db.execute("COMMIT")
+                with immediate(db):
+                    deleted += db.executemany("DELETE FROM events WHERE offset = ?", some).rowcount
+                    db.executemany("DELETE FROM dead_letters WHERE offset = ?", some)
             for start in range(0, len(about), BATCH):
-                db.execute("BEGIN IMMEDIATE")
                 keys = [(key,) for key in about[start : start + BATCH]]
-                deleted += db.executemany("DELETE FROM events WHERE partition_key = ?", keys).rowcount
-                db.execute("COMMIT")
+                with immediate(db):
+                    deleted += db.executemany("DELETE FROM events WHERE partition_key = ?", keys).rowcount
             truncate_wal(db, f"the event log {path.name}")
     except sqlite3.Error as exc:
         raise NotDurable(f"the event log {path} could not be written: {exc}; erase again", retry_after_s=2) from exc

@@ -124,10 +124,9 @@ def send_again(path: Path, offset: int) -> None:
     """Let the relay try a dead letter once more, after its reason is gone. Raises NotFound where it is none."""
     db = open_file(path)
     try:
-        db.execute("BEGIN IMMEDIATE")
-        gone = db.execute("DELETE FROM dead_letters WHERE offset = ?", (offset,)).rowcount
-        db.execute("UPDATE events SET sent = 0 WHERE offset = ? AND sent = 2", (offset,))
-        db.execute("COMMIT")
+        with immediate(db):
+            gone = db.execute("DELETE FROM dead_letters WHERE offset = ?", (offset,)).rowcount
+            db.execute("UPDATE events SET sent = 0 WHERE offset = ? AND sent = 2", (offset,))
     finally:
         db.close()
     if not gone:

@@ -21,7 +21,7 @@ import structlog
 from pydantic import ValidationError
 
 from feedback.clock import HybridClock
-from feedback.database import configure, report_damage, settle, told
+from feedback.database import configure, immediate, report_damage, settle, told
 from feedback.errors import IdempotencyMismatch, NotDurable, PlauditError
 from feedback.events import Event, decode, encode, partition_key
 from feedback.log import Position, Record
@@ -118,10 +118,9 @@ class SqliteLog:
             lost=self._archived - following,
             next_step="the archive has these events; if more was lost than this file, bring a backup back",
         )
-        db.execute("BEGIN IMMEDIATE")
-        db.execute("DELETE FROM sqlite_sequence WHERE name = 'events'")
-        db.execute("INSERT INTO sqlite_sequence VALUES ('events', ?)", (self._archived - 1,))
-        db.execute("COMMIT")
+        with immediate(db):
+            db.execute("DELETE FROM sqlite_sequence WHERE name = 'events'")
+            db.execute("INSERT INTO sqlite_sequence VALUES ('events', ?)", (self._archived - 1,))
 
     async def append(self, events: Sequence[Event]) -> list[Event]:
         """See `EventLog.append`."""
