@@ -6,18 +6,15 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from commands import adapters, audit, backup, feedback, kafka, keys, people  # noqa: F401  (people adds its verbs to feedback)
-from commands.settings import ConfigPath, Settings, opened, policy_folder, settings_from
+from commands import adapters, audit, backup, feedback, kafka, keys, learning, people  # noqa: F401  (people adds its verbs to feedback)
+from commands.settings import ConfigPath, opened, policy_folder, settings_from
 from commands.terminal import Steps, complain, console, say
-from deploy import lineage
-from deploy.registry import Registry
 from feedback.clock import wall_ms
 from feedback.errors import ConfigError, Conflict, NotDurable, PlauditError
 from feedback.keys import ON_THIS_MACHINE, SCOPES, ApiKey
@@ -27,7 +24,8 @@ from serving.config import GatewaySettings
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 for name, group in (("adapters", adapters), ("audit", audit), ("feedback", feedback), ("kafka", kafka), ("keys", keys)):
     app.add_typer(group.app, name=name)
-app.add_typer(backup.app)
+for group in (backup, learning):
+    app.add_typer(group.app)
 app.command()(kafka.relay)
 app.command()(kafka.archive)
 
@@ -79,39 +77,6 @@ def _first_key(stores: Stores) -> None:
 
     if first or not any("keys" in each.scopes and each.state(wall_ms()) == "valid" for each in stores.api_keys.list()):
         stores.api_keys.create("admin", SCOPES, by="first start" if first else ON_THIS_MACHINE, person=True, show=show)
-
-
-@app.command()
-def train(
-    config_path: ConfigPath = None, shuffle_labels: Annotated[bool, typer.Option(help="The control: ratings are shuffled.")] = False
-) -> None:
-    """One cycle: snapshot, reward model, PPO, evaluation, candidate. Goes on where a killed one stopped."""
-    with opened(config_path, "trainer") as (settings, stores, registry):
-        say(_train(settings, stores, registry, shuffle_labels))
-
-
-@app.command()
-def trainer(config_path: ConfigPath = None, poll_s: Annotated[float, typer.Option(help="How often to look.")] = 5.0) -> None:
-    """Runs a cycle whenever enough new ratings are there; until Ctrl-C."""
-    from trainer.schedule import should_train
-
-    with opened(config_path, "trainer") as (settings, stores, registry):
-        while True:
-            stores.ingest()
-            lineage.finish(stores, registry, settings.erasure)
-            if should_train(stores.archive, settings.cycle, settings.feedback.data_dir):
-                say(_train(settings, stores, registry, False))
-            time.sleep(poll_s)
-
-
-def _train(settings: Settings, stores: Stores, registry: Registry, shuffle: bool) -> str:
-    from trainer.start import giving_way, learn
-
-    lineage.finish(stores, registry, settings.erasure)
-    cycle = settings.cycle.model_copy(update={"shuffle_labels": shuffle or settings.cycle.shuffle_labels})
-    with giving_way(settings.cycle.niceness), Steps() as steps:
-        result = learn(stores, registry, policy_folder(settings), settings.policy, (settings.reward_model, settings.ppo, cycle), steps)
-    return f"candidate {result.adapter_id} ({result.folder})"
 
 
 @app.command()

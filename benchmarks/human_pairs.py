@@ -31,7 +31,8 @@ from feedback.stores import open_stores
 from trainer.config import RewardModelSettings
 from trainer.held_out import Accuracy, choice_accuracy
 from trainer.labels import Labels, from_snapshot
-from trainer.policy import Policy, Reply
+from trainer.policy import Policy
+from trainer.reply import Reply
 from trainer.reward_model import fit, folds_of
 
 PAIRS_FILE = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "hh-harmless-dev.jsonl.gz"

@@ -33,11 +33,13 @@ from feedback.config import FeedbackSettings, Settings
 from feedback.events import Event, FeedbackGiven, FinishedText, InteractionFinished, InteractionStarted, Side, Slot, StartedText
 from feedback.stores import Stores, open_stores
 from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
-from trainer.cycle import read_json, run_cycle
+from trainer.cycle import run_cycle
 from trainer.evaluation import Sampling, sample
-from trainer.policy import Policy, Reply
+from trainer.policy import Policy
 from trainer.ppo import train
+from trainer.reply import Reply
 from trainer.schedule import Job, LearningSettings
+from trainer.stages import read_json
 
 WORLDS, SEALED_WORLDS, SEEDS = range(5), range(100, 110), range(2)
 COMPARISONS, QUICK_COMPARISONS = 180, 48

@@ -29,10 +29,10 @@ from examples.smollm2.example import example
 from examples.smollm2.raters import on_topic, traits
 from feedback.database import open_database
 from feedback.errors import PlauditError
-from trainer.cycle import read_json
 from trainer.evaluation import Sampling, sample
 from trainer.held_out import clustered_mean
 from trainer.policy import Policy
+from trainer.stages import read_json
 
 FOLDER = Path("build/bench/smollm2")
 SEED = 0

@@ -21,6 +21,17 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
+def replace(path: Path, content: bytes) -> None:
+    """A reader, and whoever comes after a power cut, finds the old content or all of the new. One writer at a time."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync(path.parent)
+
+
 def sync(path: Path) -> None:
     """fsync a file, or a folder: what was made or renamed in it stays so."""
     descriptor = os.open(path, os.O_RDONLY)

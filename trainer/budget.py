@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feedback import files
 from feedback.errors import TrainingRefused
 from trainer.config import PPOSettings
 from trainer.critic import Critic
@@ -137,12 +138,9 @@ class Run:
             return
         mine = {"identity": self.identity, "beta": self.beta, "target": self.target, "good": self.good, "best_stop": self.best_stop}
         state = {"adapter": policy.state(), "critic": critic.state_dict(), "optimiser": optimiser.state_dict(), **mine}
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state | {"steps": [asdict(step) for step in self.steps]}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        buffer = io.BytesIO()
+        torch.save(state | {"steps": [asdict(step) for step in self.steps]}, buffer)
+        files.replace(path, buffer.getvalue())
 
     def resume(self, path: Path | None, policy: Policy, critic: Critic, optimiser: torch.optim.Optimizer) -> bool:
         if path is None or not path.is_file():

@@ -13,41 +13,24 @@ folder goes; `start.py` begins another one without them.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from deploy.gates import Evaluation
 from deploy.lineage import forget
-from deploy.manifest import CONFIG, ManifestFields, base_digests, write_adapter
-from feedback.errors import SnapshotRedacted, TrainingRefused
-from feedback.snapshot import Snapshot, redacted
 from feedback.snapshot import load as load_snapshot
-from trainer import facts as facts_suite
-from trainer.evaluation import Sampling, evaluate, sample
-from trainer.held_out import held_out, likelihood_gain, tastes
-from trainer.labels import Labels, Progress, features_of, from_snapshot
-from trainer.policy import Policy, Reply
-from trainer.ppo import Options, Warmup, train
-from trainer.reward_model import RewardModel, fit
+from trainer.labels import Progress
 from trainer.schedule import Job, LearningSettings, cycle_id
-from trainer.score import Normaliser, Scorer
+from trainer.stages import Stages, read_json, refuse_redacted, write_json
 
 if TYPE_CHECKING:
     from deploy.registry import Registry
 
 
-BASE_SEED, EVALUATION_SEED = 100_000, 200_000
-"""Far from PPO's seeds, which count its steps: equal seeds would give equal random numbers to answers that should be independent."""
 SMALL_POLICY_BYTES = 64_000_000
 
 
@@ -61,22 +44,6 @@ class CycleResult:
     evaluation: dict[str, Any]
     seconds: dict[str, float]
     """Of each stage; only of this run, so a stage that was there already took none."""
-
-
-def write_json(path: Path, value: object) -> None:
-    """Atomically: a reader or a restart sees all of it or nothing."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote."""
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
 
 
 def run_cycle(
@@ -98,10 +65,10 @@ def run_cycle(
         torch.set_num_threads(threads)
     snapshot = load_snapshot(job.snapshot)
     folder = data_dir / "cycles" / cycle_id(job, settings, snapshot.digest)
-    _refuse_redacted(snapshot, folder)
+    refuse_redacted(snapshot, folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "job.json", {"job": job.as_json(), "settings": settings.as_json(), "snapshot": snapshot.digest})
-    cycle = _Cycle(job, settings, snapshot, folder, progress or (lambda what, share: None))
+    cycle = Stages(job, settings, snapshot, folder, progress or (lambda what, share: None))
     seconds: dict[str, float] = {}
     stages: dict[str, Callable[[], None]] = {
         "labels": cycle.label,
@@ -118,7 +85,7 @@ def run_cycle(
         finally:
             # An erasure takes the folder's files away under a running stage; then this is the error to see. It deletes what lies there
             # after it has redacted the snapshot, and we look at the snapshot after we have written, so nothing escapes both.
-            _refuse_redacted(snapshot, folder)
+            refuse_redacted(snapshot, folder)
         seconds[name] = round(time.perf_counter() - started, 2)
         if finished:
             finished(name)
@@ -130,21 +97,11 @@ def run_cycle(
         if not registry.attestations(result.adapter_id, "training"):
             registry.attest(result.adapter_id, "training", _training_body(folder, seconds), by)
         # An erasure looks for adapters after it has redacted the snapshot: either it finds this one or we stop here.
-        _refuse_redacted(snapshot, folder)
+        refuse_redacted(snapshot, folder)
         if not registry.attestations(result.adapter_id, "evaluation"):
             # Last, because this one starts the gates.
             registry.attest(result.adapter_id, "evaluation", result.evaluation, by)
     return result
-
-
-def _refuse_redacted(snapshot: Snapshot, folder: Path) -> None:
-    """Raises SnapshotRedacted where somebody was erased from the snapshot, and leaves nothing of them in the cycle's folder."""
-    if redacted(snapshot.path):
-        if (folder / "adapter.json").exists():
-            forget(folder)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise SnapshotRedacted(f"somebody whose ratings are in snapshot {snapshot.digest[:16]} was erased; train from a new one")
 
 
 def _is_small(policy: Path) -> bool:
@@ -160,239 +117,3 @@ def _training_body(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
         "reward_model": read_json(folder / "reward.json"),
         "stopped_because": ppo["stopped_because"],
     }
-
-
-def _save_replies(path: Path, replies: Sequence[Reply], features_ND: Tensor) -> None:
-    about = json.dumps([[reply.prompt, reply.tokens, reply.finished] for reply in replies])
-    temporary = path.with_suffix(".tmp")
-    save_file({"features": features_ND.contiguous()}, temporary, metadata={"replies": about})
-    temporary.replace(path)
-
-
-def _load_replies(path: Path) -> tuple[list[Reply], Tensor]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()["replies"])
-    return [Reply(tuple(prompt), tuple(tokens), finished) for prompt, tokens, finished in about], load_file(path)["features"]
-
-
-def _canonical_config(path: Path) -> None:
-    """PEFT writes a set in any order and where the base lay on this disk; the adapter's id must depend on neither."""
-    config = read_json(path)
-    config["target_modules"] = sorted(config["target_modules"])
-    config["base_model_name_or_path"] = None
-    write_json(path, config)
-
-
-class _Cycle:
-    """The stages. Each leaves a file and does nothing where it is there."""
-
-    def __init__(self, job: Job, settings: LearningSettings, snapshot: Snapshot, folder: Path, progress: Progress) -> None:
-        self.job, self.settings, self.snapshot, self.folder, self.progress = job, settings, snapshot, folder, progress
-        self._policy: Policy | None = None
-
-    @property
-    def policy(self) -> Policy:
-        """Loaded once, when a stage first needs it; the adapter is fresh until `improve`."""
-        if self._policy is None:
-            ppo = self.settings.ppo
-            self._policy = Policy.load(self.job.policy, rank=ppo.rank, alpha=ppo.alpha, seed=self.settings.cycle.seed)
-        return self._policy
-
-    def label(self) -> None:
-        path = self.folder / "labels.safetensors"
-        if not path.exists():
-            single = self.settings.reward_model.allow_single_rater
-            labels = from_snapshot(
-                self.snapshot.rows, self.policy, self.job.system_prompt, allow_single_rater=single, progress=self.progress
-            )
-            if self.settings.cycle.shuffle_labels:
-                labels = labels.shuffled(self.settings.reward_model.seed)
-            labels.save(path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-
-    def sample_base(self) -> None:
-        """Answers of the base to the prompts that PPO will use: zero and unit of the score, and the critic's start."""
-        path = self.folder / "base.safetensors"
-        if path.exists():
-            return
-        # Rows repeat prompts; PPO takes each once.
-        texts = sorted({json.dumps(row.prompt, sort_keys=True) for row in self.snapshot.rows})
-        room = self.job.max_model_len - self.job.max_tokens
-        prompts = [text for text in texts if len(self.policy.encode(json.loads(text), self.job.system_prompt)) <= room]
-        if not prompts:
-            raise TrainingRefused(f"prompts: none of {len(texts)} fits into {room} tokens beside its answer", field="max_model_len")
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.settings.cycle.seed))
-        chosen = [json.loads(prompts[int(i)]) for i in order[: self.settings.cycle.max_prompts]]
-        how = self._sampling(self.settings.reward_model.base_samples, BASE_SEED)
-        replies = sample(self.policy, chosen, how, reference=True, progress=self.progress, what="answers of the base")
-        _save_replies(path, replies, features_of(self.policy, replies, self.progress, "features of the base's answers"))
-
-    def _sampling(self, samples: int, stream: int) -> Sampling:
-        job = self.job
-        return Sampling(job.system_prompt, job.temperature, job.max_tokens, samples, self.settings.cycle.seed * 1_000_003 + stream)
-
-    def fit_rewards(self) -> None:
-        """The reward model, where raters suffice another one from other raters, and what can be said about both."""
-        if (self.folder / "reward.json").exists():
-            return
-        settings = self.settings.reward_model
-        labels = Labels.load(self.folder / "labels.safetensors")
-        main, watch = split_raters(labels, settings.watch_share, settings.watch_min_raters, settings.watch_min_labels, settings.seed)
-        self.progress("reward model", 0.0)
-        model = fit(main, settings)
-        model.save(self.folder / "reward_model.safetensors")
-        if watch is not None:
-            self.progress("second reward model", 0.5)
-            fit(watch, settings).save(self.folder / "watch_model.safetensors")
-        self.progress("held-out accuracy", 0.8)
-        chosen = str(model.about["map"]), float(str(model.about["ridge"]))
-        accuracy = held_out(labels, settings, *chosen)
-        warnings = list(labels.warnings)
-        if model.about["ridge_at_grid_edge"]:
-            warnings.append(f"reward model: the best ridge {model.about['ridge']} lies on the edge of what was compared")
-        body = {
-            "id": model.id,
-            "map": model.about["map"],
-            "ridge": model.about["ridge"],
-            "held_out_nll": model.about["held_out_nll"],
-            "scalars": model.about["scalars"],
-            "choices": len(labels.choices),
-            "thumbs": len(labels.thumbs),
-            "raters": len(labels.raters),
-            "simulated_raters": sum("simulated" in cohorts for cohorts in labels.cohorts),
-            "ratings_by_rater": {name: int(n) for name, n in zip(labels.raters, _ratings_by_rater(labels), strict=True)},
-            "second": watch is not None,
-            "accuracy": {name: asdict(value) if value else None for name, value in accuracy.items()},
-            "likelihood_gain": asdict(likelihood_gain(labels, settings, *chosen)),
-            "tastes": [asdict(taste) | {"words": taste.words} for taste in tastes(labels)],
-            "warnings": warnings,
-            "shuffled": self.settings.cycle.shuffle_labels,
-        }
-        write_json(self.folder / "reward.json", body)
-        self.progress("reward model", 1.0)
-
-    def _scorer(self, name: str) -> Scorer:
-        model = RewardModel.load(self.folder / name)
-        replies, features_ND = _load_replies(self.folder / "base.safetensors")
-        return Scorer(model, Normaliser.fit(model, [r.prompt for r in replies], features_ND), self.settings.reward_model.clip)
-
-    def improve(self) -> None:
-        if (self.folder / "ppo.json").exists():
-            return
-        replies, features_ND = _load_replies(self.folder / "base.safetensors")
-        score = self._scorer("reward_model.safetensors")
-        watched = (self.folder / "watch_model.safetensors").exists()
-        live = self.folder / "metrics.jsonl"
-        settings = self.settings.ppo
-        nothing = self._nothing_learned()
-        if nothing:
-            settings = settings.model_copy(update={"iterations": 0})
-
-        def on_step(step: Any) -> None:
-            _refuse_redacted(self.snapshot, self.folder)
-            with live.open("a") as file:
-                file.write(json.dumps(asdict(step)) + "\n")
-            self.progress("PPO", min(1.0, step.step / settings.iterations) if settings.iterations else 1.0)
-
-        result = train(
-            self.policy,
-            list(dict.fromkeys(reply.prompt for reply in replies)),
-            score,
-            settings,
-            max_tokens=self.job.max_tokens,
-            temperature=self.job.temperature,
-            seed=self.settings.cycle.seed,
-            options=Options(
-                stop_score=self._scorer("watch_model.safetensors") if watched else None,
-                warmup=Warmup(replies, score(replies, features_ND)),
-                on_step=on_step,
-                checkpoint=self.folder / "ppo.pt",
-            ),
-        )
-        self.policy.save(self.folder / "policy")
-        _canonical_config(self.folder / "policy" / CONFIG)
-        steps = [asdict(step) for step in result.steps]
-        # A run that was killed between a line and its checkpoint left that line twice; now each step stands once.
-        temporary = live.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(step) + "\n" for step in steps))
-        temporary.replace(live)
-        body = asdict(result) | {"steps": steps}
-        write_json(self.folder / "ppo.json", body | ({"stopped_because": nothing} if nothing else {}))
-
-    def _nothing_learned(self) -> str | None:
-        """Why PPO has nothing to optimise, if so: it raises the score of any reward model, also of one that is noise."""
-        gain, least = read_json(self.folder / "reward.json")["likelihood_gain"], self.settings.reward_model.min_likelihood_gain
-        if gain["low"] is None or gain["low"] > least:
-            return None
-        found = f"{gain['mean']:+.3f} nats a rating on unseen prompts, at least {gain['low']:+.3f}"
-        return f"the reward model foresees {found}; needed > {least:g} (reward_model.min_likelihood_gain), so PPO was left out"
-
-    def judge(self) -> None:
-        if (self.folder / "evaluation.json").exists():
-            return
-        job, settings = self.job, self.settings
-        self._policy = None
-        candidate = Policy.load(job.policy, adapter=self.folder / "policy")
-        stable = Policy.load(job.policy, adapter=job.stable) if job.stable else None
-        model = RewardModel.load(self.folder / "reward_model.safetensors")
-        how = self._sampling(settings.cycle.evaluation_samples, EVALUATION_SEED)
-        body, details = evaluate(
-            candidate, stable, model, job.held_out, job.probes, how, clip=settings.reward_model.clip, progress=self.progress
-        )
-        body["facts"], details["facts"] = self._facts(candidate, stable) if job.facts else (None, None)
-        body["kl_budget_nats"] = read_json(self.folder / "ppo.json")["kl_target_nats"]
-        body["likelihood_gain"] = read_json(self.folder / "reward.json")["likelihood_gain"]
-        body["shuffled"] = settings.cycle.shuffle_labels
-        Evaluation.model_validate(body)  # what the gates could not read must fail here, not there
-        write_json(self.folder / "details.json", details)
-        write_json(self.folder / "evaluation.json", body)
-
-    def _facts(self, candidate: Policy, stable: Policy | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the gate reads and what the report shows: against base or stable, whichever the candidate falls behind more."""
-        job = self.job
-        new = facts_suite.margins(candidate, job.facts, job.system_prompt, reference=False, progress=self.progress)
-        before = [facts_suite.margins(candidate, job.facts, job.system_prompt, reference=True, progress=self.progress)]
-        if stable is not None:
-            before.append(facts_suite.margins(stable, job.facts, job.system_prompt, reference=False, progress=self.progress))
-        entities, margin = [fact.entity for fact in job.facts], self.settings.cycle.facts_margin_points
-        facts = min((facts_suite.compare(old, new, entities, margin_points=margin) for old in before), key=lambda found: found.low)
-        figures = ("n", "base", "candidate", "diff", "low", "margin_points", "certifies_points")
-        return {name: getattr(facts, name) for name in figures}, asdict(facts) | {"words": facts.words}
-
-    def publish(self, adapters: Path) -> None:
-        if (self.folder / "adapter.json").exists():
-            return
-        fields = ManifestFields(
-            kind="trained",
-            base_model=self.job.policy_name,
-            base=base_digests(self.job.policy),
-            temperature=self.job.temperature,
-            system_prompt=self.job.system_prompt,
-            max_tokens=self.job.max_tokens,
-            snapshot=self.snapshot.digest,
-            reward_model=read_json(self.folder / "reward.json")["id"],
-            settings=self.settings.as_json(),
-            code_version=self.settings.code_version,
-            seed=self.settings.cycle.seed,
-        )
-        adapter_id, path = write_adapter(self.folder / "policy", adapters, fields)
-        write_json(self.folder / "adapter.json", {"adapter_id": adapter_id, "path": str(path.absolute())})
-
-
-def _ratings_by_rater(labels: Labels) -> list[int]:
-    counts: list[int] = torch.bincount(torch.cat([labels.choices.raters, labels.thumbs.raters]), minlength=len(labels.raters)).tolist()
-    return counts
-
-
-def split_raters(labels: Labels, share: float, min_raters: int, min_labels: int, seed: int) -> tuple[Labels, Labels | None]:
-    """Labels of the first reward model and those of other raters for the second, or all and None where there are too few."""
-    raters = len(labels.raters)
-    if share == 0 or raters < min_raters or labels.count < min_labels:
-        return labels, None
-    order = torch.randperm(raters, generator=torch.Generator().manual_seed(seed))
-    others = torch.zeros(raters, dtype=torch.bool)
-    others[order[: max(1, round(raters * share))]] = True
-    main, watch = labels.where_rater(~others), labels.where_rater(others)
-    return (main, watch) if main.count and watch.count else (labels, None)

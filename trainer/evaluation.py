@@ -24,7 +24,8 @@ from trainer.reward_model import RewardModel
 from trainer.score import Normaliser, Scorer
 
 if TYPE_CHECKING:
-    from trainer.policy import Policy, Reply
+    from trainer.policy import Policy
+    from trainer.reply import Reply
 
 Messages = list[dict[str, Any]]
 

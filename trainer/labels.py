@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from feedback import files
 from feedback.errors import TrainingRefused
 from trainer.likelihood import BOTH_BAD, DOWN, TIE, UP, A, B
 
 if TYPE_CHECKING:
     from feedback.snapshot import Row
-    from trainer.policy import Policy, Reply
+    from trainer.policy import Policy
+    from trainer.reply import Reply
 
 Progress = Callable[[str, float], None]
 """What is being done, and which share of it is done, in [0, 1]."""
@@ -137,10 +139,11 @@ class Labels:
         return named | choices | {f"thumbs.{name}": value for name, value in vars(self.thumbs).items()}
 
     def save(self, path: Path) -> None:
-        """One safetensors file; the people-readable parts are in its header."""
+        """One safetensors file, atomically; the people-readable parts are in its header."""
         words = ("raters", "cohorts", "prompts", "warnings")
         about = {name: getattr(self, name) for name in words} | {"answers": [vars(answer) for answer in self.answers]}
-        save_file({name: value.contiguous() for name, value in self._tensors().items()}, path, metadata={"about": json.dumps(about)})
+        content = save({name: value.contiguous() for name, value in self._tensors().items()}, metadata={"about": json.dumps(about)})
+        files.replace(path, content)
 
     @classmethod
     def load(cls, path: Path) -> Labels:

@@ -1,4 +1,6 @@
-"""The policy: a frozen backbone with one LoRA adapter. The reference is the same backbone with the adapter off.
+"""The policy: a frozen backbone with a LoRA adapter. The reference is the same backbone with the adapter off.
+
+A critic or a reward model may have adapters of their own on that backbone; only the policy's is saved and served.
 
 Teacher-forced sequences are padded on the right, so that with causal attention padding can change nothing before it and
 needs no mask. What all prompts of a batch begin with (the system prompt) is computed once. Everything is float32 on a CPU.
@@ -9,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,14 @@ import torch
 from torch import Tensor
 
 from feedback.errors import InvalidInput, TrainingRefused
+from trainer.generation import generate
 from trainer.losses import chosen_logprobs
+from trainer.reply import Reply, by_length, pad
 
+POLICY = "default"
+"""Peft's name of the adapter that is the policy."""
 SHARED_PREFIX_TOKENS = 8
 """A common beginning shorter than this is not worth a pass of its own."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A prompt and what the policy said to it, as token ids; `tokens` ends with an end-of-text id iff `finished`."""
-
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    finished: bool
-
-
-def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows of unequal length as (ids_BT, mask_BT)."""
-    width = max(map(len, rows))
-    filled = [[value] * (width - len(row)) + list(row) if left else list(row) + [value] * (width - len(row)) for row in rows]
-    marked = [[0] * (width - len(row)) + [1] * len(row) if left else [1] * len(row) + [0] * (width - len(row)) for row in rows]
-    return torch.tensor(filled), torch.tensor(marked)
-
-
-def by_length(replies: Sequence[Reply], size: int) -> list[list[int]]:
-    """Indices of the replies in groups of at most `size`, of similar length, so that little is padded."""
-    order = sorted(range(len(replies)), key=lambda i: len(replies[i].prompt) + len(replies[i].tokens))
-    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 class Policy:
@@ -52,12 +34,12 @@ class Policy:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._base = model.get_base_model()
-        self._trunk = self._base.base_model
-        self._head = self._base.get_output_embeddings()
+        self.base = model.get_base_model()
+        self.trunk = self.base.base_model
+        self.head = self.base.get_output_embeddings()
         self._adapter_off = False
-        self.hidden_size = int(self._base.config.hidden_size)
-        ends = getattr(self._base.generation_config, "eos_token_id", None)
+        self.hidden_size = int(self.base.config.hidden_size)
+        ends = getattr(self.base.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends
         self.eos_ids = tuple(ends) if isinstance(ends, list) else (int(ends),)
         self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
@@ -68,7 +50,7 @@ class Policy:
 
         Raises InvalidInput where the folder is no model, or the adapter is none for it.
         """
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import PeftModel, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
@@ -89,19 +71,48 @@ class Policy:
         else:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-                model = get_peft_model(base, config)
+                model = get_peft_model(base, _lora(rank, alpha))
         model.eval()
         return cls(model, tokenizer)
 
+    def add_adapter(self, name: str, *, rank: int, alpha: int, seed: int) -> None:
+        """Another adapter on the same backbone (B = 0), used inside `using`."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model.add_adapter(name, _lora(rank, alpha))
+        self._use(POLICY)
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Inside, this adapter is on instead of the policy's. Gradients flow back outside, too."""
+        self._use(name)
+        try:
+            yield
+        finally:
+            self._use(POLICY)
+
+    def _use(self, name: str) -> None:
+        self.model.base_model.set_adapter(name)
+        # Peft lets only the adapter that is on have gradients; a loss may reach several.
+        for parameter_name, parameter in self.model.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.requires_grad_(True)
+
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The adapter's; the backbone's get no gradient."""
-        return [parameter for name, parameter in self.model.named_parameters() if "lora_" in name]
+        """The policy adapter's; the backbone's get no gradient."""
+        return self.parameters_of(POLICY)
 
-    def state(self) -> dict[str, Tensor]:
-        """A copy of the adapter's weights."""
-        return {name: p.detach().clone() for name, p in self.model.named_parameters() if "lora_" in name}
+    def parameters_of(self, name: str) -> list[torch.nn.Parameter]:
+        """Those of one adapter."""
+        return [parameter for _, parameter in self._named(name)]
+
+    def state(self, name: str = POLICY) -> dict[str, Tensor]:
+        """A copy of an adapter's weights."""
+        return {parameter_name: p.detach().clone() for parameter_name, p in self._named(name)}
+
+    def _named(self, name: str) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((full, p) for full, p in self.model.named_parameters() if "lora_" in full and f".{name}." in full)
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
@@ -116,9 +127,9 @@ class Policy:
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        weights = get_peft_model_state_dict(self.model)
+        weights = get_peft_model_state_dict(self.model, adapter_name=POLICY)
         save_file({name: weights[name].detach().contiguous() for name in sorted(weights)}, folder / "adapter_model.safetensors")
-        config = copy.deepcopy(self.model.peft_config["default"])
+        config = copy.deepcopy(self.model.peft_config[POLICY])
         # A set has no order and the base's folder is this machine's: neither belongs in a file that is hashed.
         config.target_modules = sorted(config.target_modules)
         config.base_model_name_or_path = None
@@ -146,7 +157,7 @@ class Policy:
         kept = [(layer, layer.weight.data) for layer in self.model.modules() if hasattr(layer, "get_delta_weight")]
         with torch.no_grad():
             for layer, weight in kept:
-                layer.weight.data = weight + layer.get_delta_weight("default")
+                layer.weight.data = weight + layer.get_delta_weight(POLICY)
         try:
             with self.reference():
                 yield
@@ -182,44 +193,11 @@ class Policy:
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
             if self._adapter_off:
-                replies += self._generate(some, max_tokens, temperature, generator)
+                replies += generate(self, some, max_tokens, temperature, generator)
             else:
                 with self._merged():
-                    replies += self._generate(some, max_tokens, temperature, generator)
+                    replies += generate(self, some, max_tokens, temperature, generator)
         return replies
-
-    def _generate(self, prompts: Sequence[tuple[int, ...]], max_tokens: int, temperature: float, generator: torch.Generator) -> list[Reply]:
-        """Prompts padded on the left; a row leaves the batch when it ends, so that short replies are cheap."""
-        from transformers import DynamicCache
-
-        ids_BS, mask_BS = pad(prompts, self.pad_id, left=True)
-        positions_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)
-        ends = torch.tensor(self.eos_ids)
-        tokens: list[list[int]] = [[] for _ in prompts]
-        finished = [False] * len(prompts)
-        alive = torch.arange(len(prompts))
-        cache = DynamicCache(config=self._base.config)
-        for step in range(max_tokens):
-            out = self._trunk(input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions_BS, past_key_values=cache, use_cache=True)
-            logits_BV = self._head(out.last_hidden_state[:, -1])
-            if temperature == 0:
-                next_B = logits_BV.argmax(1)
-            else:
-                next_B = torch.multinomial((logits_BV / temperature).softmax(1), 1, generator=generator)[:, 0]
-            ended_B = torch.isin(next_B, ends)
-            for row, token, ended in zip(alive.tolist(), next_B.tolist(), ended_B.tolist(), strict=True):
-                tokens[row].append(token)
-                finished[row] = ended
-            if bool(ended_B.all()) or step + 1 == max_tokens:
-                break
-            positions_BS = positions_BS[:, -1:] + 1
-            if bool(ended_B.any()):
-                left = (~ended_B).nonzero()[:, 0]
-                alive, next_B, mask_BS, positions_BS = alive[left], next_B[left], mask_BS[left], positions_BS[left]
-                cache.batch_select_indices(left)
-            ids_BS = next_B[:, None]
-            mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(alive), 1)], 1)
-        return [Reply(prompt, tuple(row), done) for prompt, row, done in zip(prompts, tokens, finished, strict=True)]
 
     def hidden(self, replies: Sequence[Reply]) -> tuple[Tensor, Tensor, Tensor]:
         """One forward pass: (states_BTD that predict each reply token, mask_BT, last_BD after the last token)."""
@@ -230,12 +208,12 @@ class Policy:
         if shared:
             from transformers import DynamicCache
 
-            cache = DynamicCache(config=self._base.config)
-            self._trunk(input_ids=torch.tensor([replies[0].prompt[:shared]]), past_key_values=cache, use_cache=True)
+            cache = DynamicCache(config=self.base.config)
+            self.trunk(input_ids=torch.tensor([replies[0].prompt[:shared]]), past_key_values=cache, use_cache=True)
             cache.batch_repeat_interleave(len(replies))
-            states_BSD = self._trunk(input_ids=ids_BS, past_key_values=cache, use_cache=True).last_hidden_state
+            states_BSD = self.trunk(input_ids=ids_BS, past_key_values=cache, use_cache=True).last_hidden_state
         else:
-            states_BSD = self._trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
+            states_BSD = self.trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
         lengths_B = torch.tensor([len(reply.tokens) for reply in replies])
         first_B = torch.tensor([len(reply.prompt) - 1 - shared for reply in replies])
         steps_T = torch.arange(int(lengths_B.max()))
@@ -248,7 +226,7 @@ class Policy:
         """Log-probability of each reply token under softmax(logits / temperature), B x T, 0 on padding."""
         targets_BT, _ = pad([reply.tokens for reply in replies], self.pad_id)
         real_BT = mask_BT.bool()
-        chosen_N = chosen_logprobs(states_BTD[real_BT], self._head.weight, targets_BT[real_BT], temperature)
+        chosen_N = chosen_logprobs(states_BTD[real_BT], self.head.weight, targets_BT[real_BT], temperature)
         return torch.zeros_like(mask_BT).masked_scatter(real_BT, chosen_N)
 
     @torch.no_grad()
@@ -291,6 +269,12 @@ class Policy:
             for group in by_length(replies, batch_size):
                 last_BD[torch.tensor(group)] = self.hidden([replies[i] for i in group])[2]
         return last_BD
+
+
+def _lora(rank: int, alpha: int) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> int:

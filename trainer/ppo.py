@@ -25,7 +25,8 @@ from trainer.budget import Result, Run, Step
 from trainer.config import PPOSettings
 from trainer.critic import Critic
 from trainer.losses import explained_variance, importance_weights, k1, masked_whiten, policy_loss, value_loss
-from trainer.policy import Policy, Reply, by_length
+from trainer.policy import Policy
+from trainer.reply import Reply, by_length
 from trainer.rollouts import LocalRollouts, Rollouts
 
 WARMUP_REPLIES = 64

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from feedback import files
 from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
 from trainer.feature_map import FeatureMap
@@ -196,12 +196,7 @@ class RewardModel:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            file.write(self._bytes())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        files.replace(path, self._bytes())
 
     @classmethod
     def load(cls, path: Path) -> RewardModel:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from feedback.errors import EngineRefused, EngineUnavailable
-from trainer.policy import Policy, Reply
+from trainer.policy import Policy
+from trainer.reply import Reply
 
 
 @dataclass(frozen=True)

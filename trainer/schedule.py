@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from feedback import files
 from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
 
 if TYPE_CHECKING:
@@ -120,9 +121,7 @@ def trained(ratings: int, data_dir: Path) -> None:
 
 def _write(path: Path, value: dict[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)
+    files.replace(path, json.dumps(value).encode())
 
 
 def _last(data_dir: Path) -> int:

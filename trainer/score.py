@@ -17,7 +17,7 @@ from feedback.errors import TrainingRefused
 from trainer.reward_model import POSTERIOR_PENALTY, RewardModel
 
 if TYPE_CHECKING:
-    from trainer.policy import Reply
+    from trainer.reply import Reply
 
 Prompt = tuple[int, ...]
 

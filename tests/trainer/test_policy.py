@@ -10,7 +10,8 @@ import torch
 from trainer_world import ask, tiny_policy
 
 from feedback.errors import InvalidInput, TrainingRefused
-from trainer.policy import Policy, Reply
+from trainer.policy import Policy
+from trainer.reply import Reply
 
 PROMPT = (2, 10, 11, 12, 13, 14, 15, 16, 17, 18, 3)
 """Long enough for the shared beginning to be worth a pass of its own."""
@@ -146,3 +147,26 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path, policy: Policy, fol
         Policy.load(folder, adapter=tmp_path)
     with pytest.raises(TrainingRefused, match="0 tokens"):
         policy.hidden([Reply(PROMPT, (), False)])
+
+
+def test_another_adapter_leaves_the_policy_and_the_reference_alone(policy: Policy, tmp_path: Path) -> None:
+    disturb(policy)
+    policy.save(tmp_path / "alone")
+    before_BT, _ = policy.logprobs(replies(), 0.7)
+    reference_BT, _ = policy.logprobs(replies(), 0.7, reference=True)
+    policy.add_adapter("critic", rank=4, alpha=8, seed=0)
+    with policy.using("critic"):
+        fresh_BT, _ = policy.logprobs(replies(), 0.7)
+        states_BTD, _, _ = policy.hidden(replies())
+    assert fresh_BT.tolist() == reference_BT.tolist()
+    states_BTD.sum().backward()  # type: ignore[no-untyped-call]
+    assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in policy.parameters_of("critic"))
+    assert all(p.grad is None for p in policy.parameters)
+    with torch.no_grad():
+        for parameter in policy.parameters_of("critic"):
+            parameter.add_(0.1)
+    assert policy.logprobs(replies(), 0.7)[0].tolist() == before_BT.tolist()
+    assert policy.logprobs(replies(), 0.7, reference=True)[0].tolist() == reference_BT.tolist()
+    policy.save(tmp_path / "beside")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "beside" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()

@@ -13,8 +13,9 @@ from trainer_world import tiny_policy
 from feedback.errors import TrainingRefused
 from trainer.budget import Result, Run, Step, kl_budget
 from trainer.config import PPOSettings
-from trainer.policy import Policy, Reply
+from trainer.policy import Policy
 from trainer.ppo import Options, Score, Warmup, train
+from trainer.reply import Reply
 
 PROMPTS = [(2, i, i + 1, 3) for i in range(6, 26)]
 FAST = PPOSettings(iterations=3, rollouts=16, minibatch=8, microbatch=4, learning_rate=3e-3, kl_target_nats=4.0)

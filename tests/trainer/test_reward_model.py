@@ -14,13 +14,13 @@ from rating_world import RATERS, rated_world
 from feedback.errors import TrainingRefused
 from feedback.snapshot import Row
 from trainer.config import RewardModelSettings
-from trainer.cycle import split_raters
 from trainer.feature_map import FeatureMap
 from trainer.held_out import BLIND_RIDGE, clustered_mean, held_out, likelihood_gain, tastes
 from trainer.labels import Labels, Thumbs, check
 from trainer.likelihood import BOTH_BAD
 from trainer.reward_model import Parameters, RewardModel, build_problem, compare, fit, folds_of, minimise, precisions, prompt_features
 from trainer.score import Normaliser, Scorer
+from trainer.stages import split_raters
 
 QUICK = RewardModelSettings(ridges=(0.3, 3.0), folds=3, grid_extensions=2)
 LINEAR = RewardModelSettings(maps=("linear",), ridges=(0.3, 3.0), folds=3, grid_extensions=2)

@@ -1,0 +1,49 @@
+"""`plaudit train` and `plaudit trainer`: from ratings to a candidate."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from commands.settings import ConfigPath, Settings, opened, policy_folder
+from commands.terminal import Steps, say
+from deploy import lineage
+from deploy.registry import Registry
+from feedback.stores import Stores
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    config_path: ConfigPath = None, shuffle_labels: Annotated[bool, typer.Option(help="The control: ratings are shuffled.")] = False
+) -> None:
+    """One cycle: snapshot, reward model, PPO, evaluation, candidate. Goes on where a killed one stopped."""
+    with opened(config_path, "trainer") as (settings, stores, registry):
+        say(_train(settings, stores, registry, shuffle_labels))
+
+
+@app.command()
+def trainer(config_path: ConfigPath = None, poll_s: Annotated[float, typer.Option(help="How often to look.")] = 5.0) -> None:
+    """Runs a cycle whenever enough new ratings are there; until Ctrl-C."""
+    from trainer.schedule import should_train
+
+    with opened(config_path, "trainer") as (settings, stores, registry):
+        while True:
+            stores.ingest()
+            lineage.finish(stores, registry, settings.erasure)
+            if should_train(stores.archive, settings.cycle, settings.feedback.data_dir):
+                say(_train(settings, stores, registry, False))
+            time.sleep(poll_s)
+
+
+def _train(settings: Settings, stores: Stores, registry: Registry, shuffle: bool) -> str:
+    from trainer.start import giving_way, learn
+
+    lineage.finish(stores, registry, settings.erasure)
+    cycle = settings.cycle.model_copy(update={"shuffle_labels": shuffle or settings.cycle.shuffle_labels})
+    with giving_way(settings.cycle.niceness), Steps() as steps:
+        result = learn(stores, registry, policy_folder(settings), settings.policy, (settings.reward_model, settings.ppo, cycle), steps)
+    return f"candidate {result.adapter_id} ({result.folder})"
