@@ -33,7 +33,8 @@ from trainer.held_out import Accuracy, choice_accuracy
 from trainer.labels import Labels, from_snapshot
 from trainer.policy import Policy
 from trainer.reply import Reply
-from trainer.reward_model import fit, folds_of
+from trainer.reward_model import fit
+from trainer.ridge import folds_of
 
 PAIRS_FILE = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "hh-harmless-dev.jsonl.gz"
 CACHE = Path("build/bench/human_pairs")

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from feedback.errors import TrainingRefused
-from trainer.held_out import REFUSALS, clustered_mean
+from trainer.held_out import clustered_mean
 from trainer.labels import Progress, features_of
 from trainer.reward_model import RewardModel
-from trainer.score import Normaliser, Scorer
+from trainer.score import Scorer
+from trainer.tastes import REFUSALS
 
 if TYPE_CHECKING:
     from trainer.policy import Policy
@@ -191,7 +192,8 @@ def evaluate(
 ) -> tuple[dict[str, object], dict[str, object]]:
     """Body of the attestation, without facts and budget, and details. `stable` None: stable is the base.
 
-    The base's answers define each prompt's zero, so the base's mean score is zero and gains are in units of its sd.
+    The base's answers define each prompt's zero, and gains are in units of its sd. All answers are scored alike, those of the base
+    too, so that a candidate that says the same gains exactly nothing.
     Raises TrainingRefused without held-out prompts.
     """
     if not prompts:
@@ -203,8 +205,7 @@ def evaluate(
     if stable is not None:
         drawn["stable"] = sample(stable, prompts, how, reference=False, progress=progress, what="answers of stable")
     features = {name: features_of(candidate, replies, progress, f"scores of {name}") for name, replies in drawn.items()}
-    base_prompts = [reply.prompt for reply in drawn["base"]]
-    scorer = Scorer(model, Normaliser.fit(model, base_prompts, features["base"]), clip)
+    scorer = Scorer.fit(model, drawn["base"], features["base"], clip)
     answers = {name: _counted(candidate, prompts, how.samples, replies, scorer(replies, features[name])) for name, replies in drawn.items()}
     base, new, old = answers["base"], answers["candidate"], answers.get("stable", answers["base"])
     kl = _kl(candidate, prompts, how, new.replies)

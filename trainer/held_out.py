@@ -1,11 +1,11 @@
-"""What a reward model can and cannot say about ratings it did not see, beside length alone; and who prefers what.
+"""What a reward model can and cannot say about ratings it did not see, beside length alone.
 
 Intervals are clustered: votes on one prompt, or by one rater, are not independent.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +14,17 @@ from torch import Tensor
 
 from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
-from trainer.feature_map import FeatureMap
-from trainer.labels import Answer, Labels
-from trainer.likelihood import UP, A, B
-from trainer.reward_model import Parameters, build_problem, folds_of, minimise, one_thread, prompt_features
+from trainer.labels import Choices, Labels
+from trainer.likelihood import A, B
+from trainer.ridge import CrossFit, Parameters, build_problem, folds_of, minimise, one_thread
 
-MIN_RATINGS_FOR_TASTE = 20
 BLIND_RIDGE = 1e-9
 """Variance of a score that is no score."""
+CALIBRATION_BINS = 10
+SIDE_BIAS_ALARM = 0.2
+"""In logits: 55 of 100 equal answers chosen for their side."""
+MATCHED_LENGTHS = 0.1
+"""Two answers are as long as each other where they differ by less than this share of the longer one."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,17 @@ def _hits(margins_N: Tensor, outcomes_N: Tensor) -> Tensor:
     return (signed_N > 0).double() + (signed_N == 0).double() / 2
 
 
+def decided(labels: Labels) -> Choices:
+    """Choices of one of the two answers."""
+    return labels.choices.where((labels.choices.outcomes == A) | (labels.choices.outcomes == B))
+
+
 def choice_accuracy(labels: Labels, scores_N: Tensor) -> Accuracy:
     """How often these scores of the answers order decided choices as people did; prompts are the clusters.
 
     Raises TrainingRefused where nobody chose between two answers.
     """
-    choices = labels.choices.where((labels.choices.outcomes == A) | (labels.choices.outcomes == B))
+    choices = decided(labels)
     hits_N = _hits(scores_N[choices.first] - scores_N[choices.second], choices.outcomes)
     found = _accuracy(hits_N, labels.prompts_N[choices.first])
     if found is None:
@@ -90,72 +98,94 @@ class Gain:
 
 
 @one_thread()
-def likelihood_gain(labels: Labels, settings: RewardModelSettings, kind: str, ridge: float) -> Gain:
+def likelihood_gain(labels: Labels, chosen: CrossFit) -> Gain:
     """What the reward model foresees of all ratings, choices and thumbs, beyond what prompt and rater alone tell.
 
     The same likelihood is fitted with and without a score of the answers. It sees more than the accuracy on decided choices, which
     are few and turn on a coin where two answers are alike.
     """
-    feature_map, prompts_QZ = FeatureMap.fit(kind, labels.features_ND, labels.prompts_N), prompt_features(labels)
-    prompts = int(labels.prompts_N.max()) + 1
-    fold_of = folds_of(prompts, settings.folds, settings.seed)
+    prompts = len(chosen.fold_of_Q)
     gains_R, prompt_R = [], []
-    for fold in range(int(fold_of.max()) + 1):
-        problem = build_problem(feature_map, labels.where_prompt(fold_of != fold), prompts_QZ, settings.max_rater_share)
-        seeing, blind = (Parameters.split(minimise(problem, variance), problem.sizes) for variance in (ridge, BLIND_RIDGE))
-        for prompt in (fold_of == fold).nonzero()[:, 0].tolist():
+    for index, fold in enumerate(chosen.folds):
+        problem = fold.problem
+        blind = Parameters.split(minimise(problem, BLIND_RIDGE), problem.sizes)
+        for prompt in (chosen.fold_of_Q == index).nonzero()[:, 0].tolist():
             if (rated := labels.where_prompt(torch.arange(prompts) == prompt)).count == 0:
                 continue
-            gain = problem.loss(blind, rated, weighted=False) - problem.loss(seeing, rated, weighted=False)
+            gain = problem.loss(blind, rated, weighted=False) - problem.loss(fold.parameters, rated, weighted=False)
             gains_R += [gain / rated.count] * rated.count
             prompt_R += [prompt] * rated.count
     mean, low, high = clustered_mean(torch.stack(gains_R), torch.tensor(prompt_R))
     return Gain(mean, low if np.isfinite(low) else None, high if np.isfinite(high) else None, len(gains_R))
 
 
+def unseen_prompts(labels: Labels, chosen: CrossFit) -> Tensor:
+    """Each answer's score by the fit that saw no rating of its prompt; shape N."""
+    scores_FN = torch.stack([fold.problem.mapped_NP @ fold.parameters.weights_P for fold in chosen.folds])
+    return scores_FN[chosen.fold_of_Q[labels.prompts_N], torch.arange(len(labels.prompts_N))]
+
+
+@dataclass(frozen=True)
+class UnseenRaters:
+    """Scores by fits that did not see some raters."""
+
+    fold_of_U: Tensor
+    scores_FN: Tensor
+    """Of each answer without the raters of each fold."""
+
+    def of(self, raters_R: Tensor, answers_R: Tensor) -> Tensor:
+        """Scores of these answers by the fits that know nothing of these raters; shape R."""
+        return self.scores_FN[self.fold_of_U[raters_R], answers_R]
+
+
 @one_thread()
-def held_out(labels: Labels, settings: RewardModelSettings, kind: str, ridge: float) -> dict[str, Accuracy | None]:
-    """Accuracy on choices of unseen prompts and of unseen raters, and of length alone on unseen prompts.
+def unseen_raters(labels: Labels, settings: RewardModelSettings, chosen: CrossFit) -> UnseenRaters | None:
+    """None where there is one rater only."""
+    if len(labels.raters) < 2:
+        return None
+    fold_of_U = folds_of(len(labels.raters), settings.folds, settings.seed)
+    mapped_NP, prompts_QZ = chosen.folds[0].problem.mapped_NP, chosen.folds[0].problem.prompts_QZ
+    rows, found = [], None
+    for fold in range(int(fold_of_U.max()) + 1):
+        problem = build_problem(mapped_NP, labels.where_rater(fold_of_U != fold), prompts_QZ, settings.max_rater_share)
+        found = minimise(problem, chosen.ridge, None if found is None else found)
+        rows.append(mapped_NP @ found[: problem.sizes[0]])
+    return UnseenRaters(fold_of_U, torch.stack(rows))
+
+
+def held_out(labels: Labels, chosen: CrossFit, others: UnseenRaters | None) -> dict[str, Accuracy | None]:
+    """Accuracy on choices of unseen prompts, of those between answers of equal length, of unseen raters, and of length alone.
 
     The map and the ridge were chosen on the same prompts' folds, so the first figure is a little optimistic.
     """
-    decided = labels.select(
-        (labels.choices.outcomes == A) | (labels.choices.outcomes == B), torch.ones(len(labels.thumbs), dtype=torch.bool)
-    )
-    choices = decided.choices
+    choices = decided(labels)
     if len(choices) == 0:
-        return {"prompts": None, "raters": None, "length": None}
-    feature_map, prompts_QZ = FeatureMap.fit(kind, labels.features_ND, labels.prompts_N), prompt_features(labels)
+        return {"prompts": None, "length_matched": None, "raters": None, "length": None}
     prompt_N = labels.prompts_N[choices.first]
-
-    def margins(fold_of: Tensor, fold_N: Tensor, *, by_rater: bool) -> Tensor:
-        margins_N = torch.zeros(len(choices), dtype=torch.float64)
-        found = None
-        for fold in range(int(fold_of.max()) + 1):
-            inside = labels.where_rater(fold_of != fold) if by_rater else labels.where_prompt(fold_of != fold)
-            problem = build_problem(feature_map, inside, prompts_QZ, settings.max_rater_share)
-            found = minimise(problem, ridge, found)
-            weights_P = found[: problem.sizes[0]]
-            here = fold_N == fold
-            margins_N[here] = (problem.mapped_NP[choices.first[here]] - problem.mapped_NP[choices.second[here]]) @ weights_P
-        return margins_N
-
-    by_prompt = folds_of(int(labels.prompts_N.max()) + 1, settings.folds, settings.seed)
-    by_rater = folds_of(len(labels.raters), settings.folds, settings.seed)
-    prompt_hits = _hits(margins(by_prompt, by_prompt[prompt_N], by_rater=False), choices.outcomes)
-    several = len(labels.raters) > 1
-    rater_hits = _hits(margins(by_rater, by_rater[choices.raters], by_rater=True), choices.outcomes) if several else prompt_hits[:0]
+    scores_N = unseen_prompts(labels, chosen)
+    prompt_hits = _hits(scores_N[choices.first] - scores_N[choices.second], choices.outcomes)
+    rater_hits = prompt_hits[:0]
+    if others is not None:
+        margins_N = others.of(choices.raters, choices.first) - others.of(choices.raters, choices.second)
+        rater_hits = _hits(margins_N, choices.outcomes)
+    tokens_N = _tokens(labels)
+    a_N, b_N = tokens_N[choices.first], tokens_N[choices.second]
+    matched = (a_N - b_N).abs() < MATCHED_LENGTHS * torch.maximum(a_N, b_N)
     return {
         "prompts": _accuracy(prompt_hits, prompt_N),
+        "length_matched": _accuracy(prompt_hits[matched], prompt_N[matched]),
         "raters": _accuracy(rater_hits, choices.raters[: len(rater_hits)]),
-        "length": _accuracy(_length_hits(labels, choices.first, choices.second, choices.outcomes, by_prompt[prompt_N]), prompt_N),
+        "length": _accuracy(_length_hits(a_N - b_N, choices.outcomes, chosen.fold_of_Q[prompt_N]), prompt_N),
     }
 
 
-def _length_hits(labels: Labels, first: Tensor, second: Tensor, outcomes: Tensor, fold_N: Tensor) -> Tensor:
+def _tokens(labels: Labels) -> Tensor:
+    return torch.tensor([answer.tokens for answer in labels.answers], dtype=torch.float64)
+
+
+def _length_hits(longer_by_N: Tensor, outcomes_N: Tensor, fold_N: Tensor) -> Tensor:
     """Whether "longer" or "shorter", whichever is right more often on the other folds, picks the preferred answer."""
-    tokens_N = torch.tensor([answer.tokens for answer in labels.answers], dtype=torch.float64)
-    longer = _hits(tokens_N[first] - tokens_N[second], outcomes)
+    longer = _hits(longer_by_N, outcomes_N)
     hits = torch.empty_like(longer)
     for fold in set(fold_N.tolist()):
         outside = longer[fold_N != fold]
@@ -163,82 +193,107 @@ def _length_hits(labels: Labels, first: Tensor, second: Tensor, outcomes: Tensor
     return hits
 
 
-HEDGES = re.compile(r"\b(maybe|perhaps|might|possibly|probably|seems?|i think|i believe|not sure|it depends)\b", re.IGNORECASE)
-REFUSALS = re.compile(r"\b(i can(?:no|')t|i'm sorry|i am sorry|unable to|as an ai|i won't)\b", re.IGNORECASE)
-LISTS = re.compile(r"(^|\n)\s*(\d+[.)]|[-*•])\s", re.MULTILINE)
+def length_share(labels: Labels, scores_N: Tensor) -> float:
+    """Share of the scores' variance within prompts that the number of tokens explains (squared correlation), in [0, 1]."""
 
+    def within(values_N: Tensor) -> Tensor:
+        counts_Q = torch.bincount(labels.prompts_N).clamp(min=1)
+        sums_Q = torch.zeros(len(counts_Q), dtype=torch.float64).index_add(0, labels.prompts_N, values_N)
+        return values_N - (sums_Q / counts_Q)[labels.prompts_N]
 
-def properties(answer: Answer) -> dict[str, float]:
-    """What of an answer can be said in words."""
-    text = answer.text
-    return {
-        "longer answers": float(answer.tokens),
-        "lists": float(bool(LISTS.search(text))),
-        "questions": float(text.count("?")),
-        "exclamations": float(text.count("!")),
-        "hedging": float(len(HEDGES.findall(text))),
-        "refusals": float(bool(REFUSALS.search(text))),
-        "numbers": float(len(re.findall(r"\d+", text))),
-        "answers that end by themselves": float(answer.finished),
-    }
+    tokens_N, centred_N = within(_tokens(labels)), within(scores_N.double())
+    spread = float(tokens_N.square().sum() * centred_N.square().sum())
+    return float((tokens_N * centred_N).sum()) ** 2 / spread if spread > 0 else 0.0
 
 
 @dataclass(frozen=True)
-class Taste:
-    """One property of answers and how a cohort's ratings go with it."""
+class Calibration:
+    """How far the chances that were foretold for held-out choices are from what was chosen."""
 
-    cohort: str
-    what: str
-    correlation: float
-    low: float
-    high: float
-    ratings: int
-    raters: int
+    error: float
+    """Expected calibration error, in [0, 1]."""
+    by_chance: float
+    """What chances that were exactly right would show with as many choices."""
+    n: int
 
     @property
     def words(self) -> str:
-        if self.low <= 0 <= self.high:
-            return f"{self.cohort}: no clear view of {self.what} (r = {self.correlation:+.2f}, {self.ratings} ratings)"
-        verb = "prefers" if self.correlation > 0 else "avoids"
-        return (
-            f"{self.cohort}: {verb} {self.what} (r = {self.correlation:+.2f}, {self.low:+.2f} to {self.high:+.2f}, {self.ratings} ratings)"
-        )
+        found = f"foretold chances of {self.n} choices on unseen prompts are off by {100 * self.error:.1f} points"
+        return f"{found}; exactly right ones would show {100 * self.by_chance:.1f}"
 
 
-def tastes(labels: Labels) -> list[Taste]:
-    """For each cohort and for everybody: correlation of each property with being preferred, rater-clustered interval.
+def calibration(logits_N: Tensor, outcomes_N: Tensor, bins: int = CALIBRATION_BINS) -> Calibration | None:
+    """Of the logits that side a is chosen. None for no choices.
 
-    A choice gives the difference between the sides against +1 or -1; a thumb gives the difference to the prompt's mean
-    rated answer. Both are divided by their root mean square, so the mean product is a correlation around zero.
+    ECE = sum over bins of n_b/N · |mean foretold - share chosen|, in bins of equal width of P(a) (Naeini, Cooper, Hauskrecht 2015).
+    Noise alone gives a bin sqrt(2/pi)·sd, because its share of a has the variance sum p(1 - p)/n_b².
     """
-    table_NF = torch.tensor([list(properties(answer).values()) for answer in labels.answers], dtype=torch.float64)
-    names = list(properties(labels.answers[0]))
-    counts_Q = torch.bincount(labels.prompts_N).clamp(min=1)
-    means_QF = torch.zeros(len(counts_Q), len(names), dtype=torch.float64).index_add(0, labels.prompts_N, table_NF) / counts_Q[:, None]
-    choices, thumbs = labels.choices, labels.thumbs
-    decided = (choices.outcomes == A) | (choices.outcomes == B)
-    differences = [
-        (table_NF[choices.first] - table_NF[choices.second])[decided],
-        table_NF[thumbs.answers] - means_QF[labels.prompts_N[thumbs.answers]],
-    ]
-    scaled_RF = torch.cat([d / d.square().mean(0).sqrt().clamp(min=1e-9) if len(d) else d for d in differences])
-    signs = [torch.where(choices.outcomes[decided] == A, 1.0, -1.0), torch.where(thumbs.outcomes == UP, 1.0, -1.0)]
-    centred = [s - s.mean() for s in signs if len(s)]
-    signs_R = torch.cat([s / s.square().mean().sqrt().clamp(min=1e-9) for s in centred]) if centred else torch.zeros(0)
-    raters_R = torch.cat([choices.raters[decided], thumbs.raters])
-    groups = {"everybody": set(range(len(labels.raters)))}
-    for rater, cohorts in enumerate(labels.cohorts):
-        for cohort in cohorts:
-            groups.setdefault(cohort, set()).add(rater)
-    found = []
-    for cohort, members in groups.items():
-        if cohort != "everybody" and members == groups["everybody"]:
-            continue  # a tag that all carry says nothing of its own
-        inside = torch.tensor([int(rater) in members for rater in raters_R], dtype=torch.bool)
-        if int(inside.sum()) < MIN_RATINGS_FOR_TASTE:
-            continue
-        for column, name in enumerate(names):
-            if bool((scaled_RF[inside, column] != 0).any()):
-                mean, low, high = clustered_mean(scaled_RF[inside, column] * signs_R[inside], raters_R[inside])
-                found.append(Taste(cohort, name, mean, low, high, int(inside.sum()), len(members)))
-    return found
+    if len(logits_N) == 0:
+        return None
+    chance_N, chose_N = torch.sigmoid(logits_N.double()), (outcomes_N == A).double()
+    bin_N = (chance_N * bins).long().clamp(max=bins - 1)
+
+    def total(values_N: Tensor) -> Tensor:
+        return torch.zeros(bins, dtype=torch.float64).index_add(0, bin_N, values_N)
+
+    error = total(chance_N - chose_N).abs().sum() / len(logits_N)
+    by_chance = math.sqrt(2 / math.pi) * total(chance_N * (1 - chance_N)).sqrt().sum() / len(logits_N)
+    return Calibration(float(error), float(by_chance), len(logits_N))
+
+
+@dataclass(frozen=True)
+class SideBias:
+    """Logits by which side a is preferred for being side a; 95 % interval, raters are the units."""
+
+    value: float
+    low: float | None
+    """None where the interval has no end, as with one rater."""
+    high: float | None
+    n: int
+
+    @property
+    def alarm(self) -> bool:
+        """Surely a bias, and one that matters."""
+        return self.low is not None and self.high is not None and abs(self.value) > SIDE_BIAS_ALARM and self.low * self.high > 0
+
+    @property
+    def words(self) -> str:
+        interval = "" if self.low is None else f" ({self.low:+.2f} to {self.high:+.2f})"
+        loud = f"; beyond {SIDE_BIAS_ALARM:g}: people choose a side, look at how answers are shown" if self.alarm else ""
+        return f"the first side is preferred by {self.value:+.2f} logits{interval} in {self.n} choices{loud}"
+
+
+def side_bias(margins_N: Tensor, outcomes_N: Tensor, raters_N: Tensor) -> SideBias | None:
+    """The b of P(a) = sigmoid(margin + b) at the greatest likelihood, margins held out and without a bias. None for no choices.
+
+    Newton's steps; the variance is the sandwich G/(G - 1)·sum over raters of (sum of residuals)² / (sum p(1 - p))².
+    With fewer than two raters the interval has no end; where all chose one side b is cut at 10.
+    """
+    if len(margins_N) == 0:
+        return None
+    chose_N, bias = (outcomes_N == A).double(), 0.0
+    for _ in range(50):
+        chance_N = torch.sigmoid(margins_N + bias)
+        step = float((chose_N - chance_N).sum() / (chance_N * (1 - chance_N)).sum().clamp(min=1e-9))
+        bias = min(max(bias + min(max(step, -1.0), 1.0), -10.0), 10.0)
+        if abs(step) < 1e-9:
+            break
+    chance_N = torch.sigmoid(margins_N + bias)
+    group_N = torch.unique(raters_N, return_inverse=True)[1]
+    groups = int(group_N.max()) + 1
+    if groups < 2:
+        return SideBias(bias, None, None, len(margins_N))
+    residuals_G = torch.zeros(groups, dtype=torch.float64).index_add(0, group_N, chose_N - chance_N)
+    spread = float((chance_N * (1 - chance_N)).sum().clamp(min=1e-9))
+    half = 1.959964 * math.sqrt(groups / (groups - 1) * float(residuals_G.square().sum())) / spread
+    return SideBias(bias, bias - half, bias + half, len(margins_N))
+
+
+def foretold(labels: Labels, chosen: CrossFit) -> tuple[Calibration | None, SideBias | None]:
+    """Calibration of the held-out chances of decided choices, and what side people prefer beyond what they prefer to read."""
+    choices = decided(labels)
+    scores_N = unseen_prompts(labels, chosen)
+    margins_N = scores_N[choices.first] - scores_N[choices.second]
+    fitted_F = torch.stack([fold.parameters.scalars_5[2] * fold.problem.free_5[2] for fold in chosen.folds])
+    fitted_N = fitted_F[chosen.fold_of_Q[labels.prompts_N[choices.first]]]
+    return calibration(margins_N + fitted_N, choices.outcomes), side_bias(margins_N, choices.outcomes, choices.raters)

@@ -1,326 +1,76 @@
-"""The reward model: ridge on the frozen backbone's features, fitted to everything that people said.
+"""What a reward model is to everything that uses one, and which kind fits how much was said.
 
-Below some 2,000 pairs a linear head on frozen features beats every trained network, if its regularisation is chosen by
-cross-validation and it is fitted to convergence. Read `fit` first: feature maps and ridges are compared by their
-held-out likelihood on prompts that were not trained on, the best is fitted to all ratings, and the curvature at the
-optimum gives a Gaussian posterior (Laplace), so that every score comes with its standard deviation.
+Below some 2,000 choices ridge on frozen features (`ridge.py`); above, an adapter of its own with an ensemble of heads
+(`ensemble.py`), where that foresees unseen prompts better. Whoever scores answers sees neither, only `RewardModel`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import scipy.optimize
-import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from feedback import files
 from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
-from trainer.feature_map import FeatureMap
 from trainer.labels import Labels
-from trainer.likelihood import capped_weights, choice_logprobs, negative_log_likelihood, thresholds, thumb_logprobs
+from trainer.ridge import CrossFit, RidgeModel, fit_ridge
 
-SIDE_BIAS_FROM_CHOICES = 300
-TIES_FROM_LABELS = 500
-THUMB_SCALE_FROM_EACH = 500
-PROMPT_OFFSET_DIMENSIONS = 16
-POSTERIOR_PENALTY = 0.5
-"""A score that is used is mean - 0.5 sd: what the ratings do not speak about earns nothing."""
+if TYPE_CHECKING:
+    from trainer.policy import Policy
+    from trainer.reply import Reply
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Tensors of a fit are so small that threads wait for each other: two beside other work took ten times as long as one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Everything the likelihood needs, as float64 tensors. Prior of each: normal around 0, see `precisions`."""
-
-    weights_P: Tensor
-    prompt_weights_Z: Tensor
-    rater_offsets_U: Tensor
-    scalars_5: Tensor
-    """Offset c, reluctance to reject both, side bias, log nu of ties, log scale of thumbs."""
-
-    def flat(self) -> Tensor:
-        return torch.cat([self.weights_P, self.prompt_weights_Z, self.rater_offsets_U, self.scalars_5])
-
-    @classmethod
-    def split(cls, flat: Tensor, sizes: tuple[int, int, int, int]) -> Parameters:
-        return cls(*torch.split(flat, list(sizes)))
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Ratings and mapped features, ready for the optimiser."""
-
-    mapped_NP: Tensor
-    prompts_QZ: Tensor
-    labels: Labels
-    free_5: Tensor
-    """1 where a scalar is fitted, 0 where there is too little data for it."""
-    choice_weights: Tensor
-    thumb_weights: Tensor
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        return self.mapped_NP.shape[1], self.prompts_QZ.shape[1], len(self.labels.raters), 5
-
-    def loss(self, parameters: Parameters, labels: Labels | None = None, *, weighted: bool = True) -> Tensor:
-        """Negative log-likelihood of the ratings in `labels` (default: the problem's own), a scalar in nats."""
-        labels = labels or self.labels
-        offset, reluctance, side_bias, log_nu, log_thumb_scale = (parameters.scalars_5 * self.free_5).unbind()
-        scores_N = self.mapped_NP @ parameters.weights_P
-        prompt_offsets_Q = self.prompts_QZ @ parameters.prompt_weights_Z
-        choices, thumbs = labels.choices, labels.thumbs
-        thumb_tau = thresholds(prompt_offsets_Q[labels.prompts_N[thumbs.answers]], parameters.rater_offsets_U[thumbs.raters], offset)
-        choice_tau = thresholds(prompt_offsets_Q[labels.prompts_N[choices.first]], parameters.rater_offsets_U[choices.raters], offset)
-        thumb_rows = thumb_logprobs(log_thumb_scale.exp() * scores_N[thumbs.answers], thumb_tau)
-        choice_rows = choice_logprobs(
-            scores_N[choices.first],
-            scores_N[choices.second],
-            choice_tau - reluctance,
-            rejectable_N=choices.rejectable,
-            side_bias=side_bias,
-            log_nu=log_nu if self.free_5[3] > 0 else None,
-        )
-        thumb_weights, choice_weights = (self.thumb_weights, self.choice_weights) if weighted else (None, None)
-        return negative_log_likelihood(thumb_rows, thumbs.outcomes, thumb_weights) + negative_log_likelihood(
-            choice_rows, choices.outcomes, choice_weights
-        )
-
-
-def build_problem(feature_map: FeatureMap, labels: Labels, prompts_QZ: Tensor, max_share: float) -> Problem:
-    choices, thumbs = len(labels.choices), len(labels.thumbs)
-    raters = len(set(labels.choices.raters.tolist()) | set(labels.thumbs.raters.tolist()))
-    weights = capped_weights(torch.cat([labels.choices.raters, labels.thumbs.raters]), max(max_share, 2 / max(raters, 1)))
-    free = [1, 1, choices >= SIDE_BIAS_FROM_CHOICES, choices >= SIDE_BIAS_FROM_CHOICES and choices + thumbs >= TIES_FROM_LABELS]
-    return Problem(
-        mapped_NP=feature_map(labels.features_ND),
-        prompts_QZ=prompts_QZ,
-        labels=labels,
-        free_5=torch.tensor([*free, min(choices, thumbs) >= THUMB_SCALE_FROM_EACH], dtype=torch.float64),
-        choice_weights=weights[:choices],
-        thumb_weights=weights[choices:],
-    )
-
-
-def precisions(problem: Problem, ridge: float) -> Tensor:
-    """1/variance of each parameter's prior. `ridge` is the variance that the prior gives to an answer's score.
-
-    Mapped features have unit mean square, so weights of variance ridge/P give scores of variance `ridge`; rater offsets
-    and the sum of prompt offsets are N(0, 1); the offset c is N(0, 10²), the reluctance N(0, 1), the side bias N(0, 0.5²),
-    log nu N(0, 1) and the log of the thumbs' scale N(0, 0.3²).
-    """
-    features, prompt_features, raters, _ = problem.sizes
-    return torch.cat(
-        [
-            torch.full((features,), features / ridge, dtype=torch.float64),
-            torch.full((prompt_features,), float(max(prompt_features, 1)), dtype=torch.float64),
-            torch.ones(raters, dtype=torch.float64),
-            torch.tensor([0.01, 1.0, 4.0, 1.0, 1 / 0.09], dtype=torch.float64),
-        ]
-    )
-
-
-def minimise(problem: Problem, ridge: float, start: Tensor | None = None, tolerance: float = 1e-3) -> Tensor:
-    """The posterior's mode, flat, to a gradient of `tolerance` nats for each prior's sd or what float64 allows.
-
-    Raises TrainingRefused where it is not finite.
-    """
-    # In units of the prior's sd the problem is well conditioned: tens of evaluations, if all of them are remembered.
-    scale = precisions(problem, ridge).rsqrt()
-
-    def objective(at: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, Any]:
-        unit = torch.from_numpy(at.copy()).requires_grad_(True)
-        loss = problem.loss(Parameters.split(unit * scale, problem.sizes)) + unit.square().sum() / 2
-        return loss.item(), torch.autograd.grad(loss, unit)[0].numpy()
-
-    begin = torch.zeros_like(scale) if start is None else start / scale
-    options = {"maxcor": 50, "maxiter": 500, "gtol": tolerance, "ftol": 0.0}
-    result = scipy.optimize.minimize(objective, begin.numpy(), jac=True, method="L-BFGS-B", options=options)
-    found: Tensor = torch.from_numpy(result.x) * scale
-    if not (np.isfinite(result.fun) and bool(torch.isfinite(found).all())):
-        raise TrainingRefused(f"reward model: the fit at ridge {ridge:g} is not finite; a feature or a weight is", field="ridge")
-    return found
-
-
-@dataclass(frozen=True)
-class RewardModel:
-    """Scores answers by their features. Made by `fit`."""
-
-    feature_map: FeatureMap
-    weights_P: Tensor
-    covariance_PP: Tensor
-    about: dict[str, object]
-    """What it was fitted with: kind of map, ridge, counts, seed, digest of the labels, the comparison of settings."""
-
-    def mapped(self, features_BD: Tensor) -> Tensor:
-        """The features in which the score is linear, B x P. Differences of scores are differences of these."""
-        return self.feature_map(features_BD)
-
-    def score_mapped(self, mapped_BP: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and sd of the score, both of shape B, for rows of `mapped` or differences of them."""
-        variance_B = ((mapped_BP @ self.covariance_PP) * mapped_BP).sum(1)
-        return mapped_BP @ self.weights_P, variance_B.clamp(min=0).sqrt()
-
-    def score(self, features_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and sd of each answer's score, both of shape B, float64."""
-        return self.score_mapped(self.mapped(features_BD))
-
-    def _bytes(self) -> bytes:
-        tensors = {"weights": self.weights_P.contiguous(), "covariance": self.covariance_PP.contiguous(), **self.feature_map.tensors()}
-        content: bytes = save(tensors, metadata={"about": json.dumps(self.about, sort_keys=True)})
-        return content
+class RewardModel(Protocol):
+    """Scores answers and says how sure it is. Only differences between answers to one prompt mean anything."""
 
     @property
     def id(self) -> str:
         """SHA-256 of the saved file."""
-        return hashlib.sha256(self._bytes()).hexdigest()
+        ...
+
+    @property
+    def about(self) -> dict[str, object]:
+        """What it was fitted with."""
+        ...
+
+    def features(self, replies: Sequence[Reply], frozen_BD: Tensor) -> Tensor:
+        """What it looks at, B x D: the backbone's features with all adapters off, or a pass of its own over the replies."""
+        ...
+
+    def mapped(self, features_BD: Tensor) -> Tensor:
+        """Numbers in which the score is linear, B x P. Differences of scores are differences of these."""
+        ...
+
+    def score_mapped(self, mapped_BP: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and sd of the score, both of shape B, float64, for rows of `mapped` or differences of them."""
+        ...
+
+    def score(self, features_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and sd of each answer's score, both of shape B, float64."""
+        ...
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
-        files.replace(path, self._bytes())
-
-    @classmethod
-    def load(cls, path: Path) -> RewardModel:
-        """What `save` wrote. Raises TrainingRefused where the file is missing."""
-        if not path.is_file():
-            raise TrainingRefused(f"reward model: no file at {path}", field="reward_model")
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
-        tensors = load_file(path)
-        return cls(FeatureMap.from_tensors(str(about["map"]), tensors), tensors["weights"], tensors["covariance"], about)
+        ...
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One setting that was compared: its held-out negative log-likelihood in nats a rating."""
+def fit(labels: Labels, settings: RewardModelSettings, chosen: CrossFit | None = None) -> RewardModel:
+    """The reward model of these ratings. The same labels and settings give the same bytes on a CPU.
 
-    map: str
-    ridge: float
-    nll: float
-
-
-def folds_of(groups: int, folds: int, seed: int) -> Tensor:
-    """A fold for each of the groups, balanced, drawn by `seed`; no more folds than groups."""
-    order = torch.randperm(groups, generator=torch.Generator().manual_seed(seed))
-    fold_of = torch.empty(groups, dtype=torch.long)
-    fold_of[order] = torch.arange(groups) % max(min(folds, groups), 1)
-    return fold_of
-
-
-def prompt_features(labels: Labels) -> Tensor:
-    """z(x): the strongest directions of the prompts' features, Q x Z, mean square 1 each."""
-    features_QD = labels.prompt_features_QD.double()
-    standard_QD = features_QD - features_QD.mean(0)
-    left, values, _ = torch.linalg.svd(standard_QD / standard_QD.square().mean(0).sqrt().clamp(min=1e-6), full_matrices=False)
-    # No more directions than prompts could tell apart.
-    count = min(PROMPT_OFFSET_DIMENSIONS, len(features_QD) // 3, int((values > 1e-6).sum()))
-    directions_QZ: Tensor = left[:, :count] * len(features_QD) ** 0.5
-    return directions_QZ
-
-
-class _Comparison:
-    """Held-out likelihood of one feature map at any ridge. Fits start from the last one, so ask for ridges next to each other."""
-
-    def __init__(self, kind: str, labels: Labels, settings: RewardModelSettings) -> None:
-        self.kind, self.count = kind, labels.count
-        fold_of = folds_of(int(labels.prompts_N.max()) + 1, settings.folds, settings.seed)
-        feature_map, prompts_QZ = FeatureMap.fit(kind, labels.features_ND, labels.prompts_N), prompt_features(labels)
-        self.folds = []
-        for fold in range(int(fold_of.max()) + 1):
-            problem = build_problem(feature_map, labels.where_prompt(fold_of != fold), prompts_QZ, settings.max_rater_share)
-            self.folds.append((problem, labels.where_prompt(fold_of == fold)))
-        self.starts: list[Tensor | None] = [None] * len(self.folds)
-
-    def __call__(self, ridge: float) -> Trial:
-        nll = 0.0
-        for index, (problem, outside) in enumerate(self.folds):
-            found = minimise(problem, ridge, self.starts[index])
-            self.starts[index] = found
-            nll += float(problem.loss(Parameters.split(found, problem.sizes), outside, weighted=False))
-        return Trial(self.kind, ridge, nll / max(self.count, 1))
-
-
-def compare(labels: Labels, settings: RewardModelSettings) -> list[Trial]:
-    """Held-out likelihood of every feature map, grouped by prompt, at ridges from the middle outwards for as long as it gets better.
-
-    A grid grows while its edge is the best. The trials of a map stand in ascending order of their ridges.
+    `chosen` brings map and ridge from a comparison on more ratings than these. Raises TrainingRefused where there is nothing to learn from.
     """
-    factor = settings.ridges[-1] / settings.ridges[-2]
-    beyond = [factor ** (i + 1) for i in range(settings.grid_extensions)]
-    grid = [*(settings.ridges[0] / f for f in reversed(beyond)), *settings.ridges, *(settings.ridges[-1] * f for f in beyond)]
-    trials: list[Trial] = []
-    for kind in settings.maps:
-        comparison, middle = _Comparison(kind, labels, settings), len(grid) // 2
-        of_kind = [comparison(grid[middle])]
-        best = of_kind[0].nll
-        for way in (grid[:middle][::-1], grid[middle + 1 :]):
-            for ridge in way:
-                of_kind.append(comparison(ridge))
-                if of_kind[-1].nll >= best:
-                    break
-                best = of_kind[-1].nll
-        trials += sorted(of_kind, key=lambda t: t.ridge)
-    return trials
+    return fit_ridge(labels, settings, chosen)
 
 
-@one_thread()
-def fit(labels: Labels, settings: RewardModelSettings) -> RewardModel:
-    """The reward model of these ratings. Takes seconds; the same labels and settings give the same bytes.
-
-    Raises TrainingRefused where there is nothing to learn from.
-    """
-    if labels.count == 0:
-        raise TrainingRefused("reward model: 0 ratings are left, at least 1 is needed", field="labels")
-    trials = compare(labels, settings)
-    best = min(trials, key=lambda t: t.nll)
-    of_kind = [t.ridge for t in trials if t.map == best.map]
-    at_edge = len(of_kind) > 1 and best.ridge in (of_kind[0], of_kind[-1])
-    feature_map = FeatureMap.fit(best.map, labels.features_ND, labels.prompts_N)
-    problem = build_problem(feature_map, labels, prompt_features(labels), settings.max_rater_share)
-    found = minimise(problem, best.ridge, tolerance=1e-6)
-    features = problem.sizes[0]
-
-    def objective(flat: Tensor) -> Tensor:
-        return problem.loss(Parameters.split(flat, problem.sizes)) + (precisions(problem, best.ridge) * flat.square()).sum() / 2
-
-    hessian = torch.func.hessian(objective)(found)
-    # Inverting all of it marginalises over offsets and scalars.
-    covariance = torch.linalg.inv((hessian + hessian.T) / 2)[:features, :features].contiguous()
-    parameters = Parameters.split(found, problem.sizes)
-    scalars = ("offset", "reluctance", "side_bias", "log_nu", "log_thumb_scale")
-    about: dict[str, object] = {
-        "map": best.map,
-        "ridge": best.ridge,
-        "ridge_at_grid_edge": at_edge,
-        "held_out_nll": best.nll,
-        "trials": [asdict(t) for t in trials],
-        "choices": len(labels.choices),
-        "thumbs": len(labels.thumbs),
-        "raters": len(labels.raters),
-        "scalars": {name: float(v) for name, v, free in zip(scalars, parameters.scalars_5, problem.free_5, strict=True) if free},
-        "rater_offsets": dict(zip(labels.raters, parameters.rater_offsets_U.tolist(), strict=True)),
-        "labels": labels.digest,
-        "seed": settings.seed,
-    }
-    return RewardModel(feature_map, parameters.weights_P.clone(), covariance, about)
+def load(path: Path, policy: Policy | None = None) -> RewardModel:
+    """What `save` wrote. Raises TrainingRefused where the file is missing."""
+    if not path.is_file():
+        raise TrainingRefused(f"reward model: no file at {path}", field="reward_model")
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["about"])
+    return RidgeModel.from_tensors(about, load_file(path))

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from feedback.errors import TrainingRefused
-from trainer.reward_model import POSTERIOR_PENALTY, RewardModel
+from trainer.reward_model import RewardModel
 
 if TYPE_CHECKING:
     from trainer.reply import Reply
 
 Prompt = tuple[int, ...]
+
+POSTERIOR_PENALTY = 0.5
+"""A score that is used is mean - 0.5 sd: what the ratings do not speak about earns nothing."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,20 @@ class Normaliser:
     centres: dict[Prompt, Tensor]
     """Mean of the mapped features of each prompt's base answers."""
     zero: float
-    """Mean of the penalised score over all base answers, measured from their prompt's centre."""
+    """Mean of the penalised score over fresh base answers, measured from their prompt's centre."""
     unit: float
     """Pooled sd of the score within prompts."""
+    base_N: Tensor
+    """Scores of the very answers that made the centres, each as if it had not been among them; their mean is 0."""
 
     @classmethod
     def fit(cls, model: RewardModel, prompts: Sequence[Prompt], features_ND: Tensor) -> Normaliser:
-        """From base answers: `prompts[i]` is what row i of the features answers; at least two answers to a prompt."""
+        """From base answers: `prompts[i]` is what row i of the model's features answers; at least two answers to a prompt.
+
+        An answer lies closer to a centre that it is part of. With n answers of variance v to a prompt, its difference from their mean
+        has the variance v·(n - 1)/n, a fresh answer's v·(n + 1)/n, and in the same ratio stands what the model does not know about
+        either. Therefore zero and base scores are those of differences stretched by sqrt((n + 1)/(n - 1)).
+        """
         rows: dict[Prompt, list[int]] = {}
         for index, prompt in enumerate(prompts):
             rows.setdefault(prompt, []).append(index)
@@ -45,27 +55,43 @@ class Normaliser:
         centres = {prompt: mapped_NP[indices].mean(0) for prompt, indices in rows.items()}
         mean_N, sd_N = model.score_mapped(mapped_NP - torch.stack([centres[prompt] for prompt in prompts]))
         # One degree of freedom went into each prompt's centre.
-        unit = float((mean_N.square().sum() / (len(prompts) - len(rows))).sqrt())
-        return cls(centres, float((mean_N - POSTERIOR_PENALTY * sd_N).mean()), max(unit, 1e-6))
+        unit = max(float((mean_N.square().sum() / (len(prompts) - len(rows))).sqrt()), 1e-6)
+        counts_N = torch.tensor([len(rows[prompt]) for prompt in prompts], dtype=torch.float64)
+        fresh_N = (mean_N - POSTERIOR_PENALTY * sd_N) * ((counts_N + 1) / (counts_N - 1)).sqrt()
+        zero = float(fresh_N.mean())
+        return cls(centres, zero, unit, (fresh_N - zero) / unit)
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """`(replies, features_BD) -> scores_B`: mean - 0.5 sd from the prompt's zero, in units of the base's sd, clipped."""
+    """`(replies, frozen features) -> scores_B`: mean - 0.5 sd from the prompt's zero, in units of the base's sd, clipped."""
 
     model: RewardModel
     normaliser: Normaliser
     clip: float
 
-    def __call__(self, replies: Sequence[Reply], features_BD: Tensor) -> Tensor:
-        return self.score([reply.prompt for reply in replies], features_BD)
+    @classmethod
+    def fit(cls, model: RewardModel, replies: Sequence[Reply], frozen_ND: Tensor, clip: float) -> Scorer:
+        """With zero and unit from these answers of the base and their frozen features."""
+        return cls(model, Normaliser.fit(model, [reply.prompt for reply in replies], model.features(replies, frozen_ND)), clip)
+
+    def __call__(self, replies: Sequence[Reply], frozen_BD: Tensor) -> Tensor:
+        return self.score([reply.prompt for reply in replies], self.model.features(replies, frozen_BD))
 
     def score(self, prompts: Sequence[Prompt], features_BD: Tensor) -> Tensor:
-        """Scores, shape B, float32. Raises TrainingRefused for a prompt without base answers."""
+        """Scores of the model's own features, shape B, float32. Raises TrainingRefused for a prompt without base answers."""
         unknown = [prompt for prompt in prompts if prompt not in self.normaliser.centres]
         if unknown:
             raise TrainingRefused(f"score: {len(unknown)} prompts have no base answers, so they have no zero", field="prompts")
         centres_BP = torch.stack([self.normaliser.centres[prompt] for prompt in prompts])
         mean_B, sd_B = self.model.score_mapped(self.model.mapped(features_BD) - centres_BP)
         scores_B = (mean_B - POSTERIOR_PENALTY * sd_B - self.normaliser.zero) / self.normaliser.unit
+        return self._clipped(scores_B)
+
+    @property
+    def base_scores(self) -> Tensor:
+        """Of the answers that made zero and unit, as of fresh ones; shape N, float32."""
+        return self._clipped(self.normaliser.base_N)
+
+    def _clipped(self, scores_B: Tensor) -> Tensor:
         return scores_B.clamp(-self.clip, self.clip).float()

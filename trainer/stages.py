@@ -21,14 +21,16 @@ from feedback.errors import SnapshotRedacted, TrainingRefused
 from feedback.snapshot import Snapshot, redacted
 from trainer import facts as facts_suite
 from trainer.evaluation import Sampling, evaluate, sample
-from trainer.held_out import held_out, likelihood_gain, tastes
+from trainer.held_out import foretold, held_out, length_share, likelihood_gain, unseen_raters
 from trainer.labels import Labels, Progress, features_of, from_snapshot
 from trainer.policy import Policy
 from trainer.ppo import Options, Warmup, train
 from trainer.reply import Reply
-from trainer.reward_model import RewardModel, fit
+from trainer.reward_model import fit, load
+from trainer.ridge import CrossFit, cross_validate
 from trainer.schedule import Job, LearningSettings
-from trainer.score import Normaliser, Scorer
+from trainer.score import Scorer
+from trainer.tastes import tastes
 
 BASE_SEED, EVALUATION_SEED = 100_000, 200_000
 """Far from PPO's seeds, which count its steps: equal seeds would give equal random numbers to answers that should be independent."""
@@ -131,17 +133,18 @@ class Stages:
         labels = Labels.load(self.folder / "labels.safetensors")
         main, watch = split_raters(labels, settings.watch_share, settings.watch_min_raters, settings.watch_min_labels, settings.seed)
         self.progress("reward model", 0.0)
-        model = fit(main, settings)
+        # Map and ridge are chosen once, on all ratings, so that what was held out is known of them all.
+        chosen = cross_validate(labels, settings)
+        model = fit(main, settings, chosen)
         model.save(self.folder / "reward_model.safetensors")
         if watch is not None:
             self.progress("second reward model", 0.5)
-            fit(watch, settings).save(self.folder / "watch_model.safetensors")
+            fit(watch, settings, chosen).save(self.folder / "watch_model.safetensors")
         self.progress("held-out accuracy", 0.8)
-        chosen = str(model.about["map"]), float(str(model.about["ridge"]))
-        accuracy = held_out(labels, settings, *chosen)
+        accuracy = held_out(labels, chosen, unseen_raters(labels, settings, chosen))
         warnings = list(labels.warnings)
-        if model.about["ridge_at_grid_edge"]:
-            warnings.append(f"reward model: the best ridge {model.about['ridge']} lies on the edge of what was compared")
+        if chosen.at_edge:
+            warnings.append(f"reward model: the best ridge {chosen.ridge:g} lies on the edge of what was compared")
         body = {
             "id": model.id,
             "map": model.about["map"],
@@ -155,7 +158,9 @@ class Stages:
             "ratings_by_rater": {name: int(n) for name, n in zip(labels.raters, _ratings_by_rater(labels), strict=True)},
             "second": watch is not None,
             "accuracy": {name: asdict(value) if value else None for name, value in accuracy.items()},
-            "likelihood_gain": asdict(likelihood_gain(labels, settings, *chosen)),
+            "length_share": length_share(labels, model.score(labels.features_ND)[0]),
+            **_told(labels, chosen),
+            "likelihood_gain": asdict(likelihood_gain(labels, chosen)),
             "tastes": [asdict(taste) | {"words": taste.words} for taste in tastes(labels)],
             "warnings": warnings,
             "shuffled": self.settings.cycle.shuffle_labels,
@@ -164,14 +169,13 @@ class Stages:
         self.progress("reward model", 1.0)
 
     def _scorer(self, name: str) -> Scorer:
-        model = RewardModel.load(self.folder / name)
-        replies, features_ND = _load_replies(self.folder / "base.safetensors")
-        return Scorer(model, Normaliser.fit(model, [r.prompt for r in replies], features_ND), self.settings.reward_model.clip)
+        replies, frozen_ND = _load_replies(self.folder / "base.safetensors")
+        return Scorer.fit(load(self.folder / name, self.policy), replies, frozen_ND, self.settings.reward_model.clip)
 
     def improve(self) -> None:
         if (self.folder / "ppo.json").exists():
             return
-        replies, features_ND = _load_replies(self.folder / "base.safetensors")
+        replies, _ = _load_replies(self.folder / "base.safetensors")
         score = self._scorer("reward_model.safetensors")
         watched = (self.folder / "watch_model.safetensors").exists()
         live = self.folder / "metrics.jsonl"
@@ -196,7 +200,7 @@ class Stages:
             seed=self.settings.cycle.seed,
             options=Options(
                 stop_score=self._scorer("watch_model.safetensors") if watched else None,
-                warmup=Warmup(replies, score(replies, features_ND)),
+                warmup=Warmup(replies, score.base_scores),
                 on_step=on_step,
                 checkpoint=self.folder / "ppo.pt",
             ),
@@ -224,7 +228,7 @@ class Stages:
         self._policy = None
         candidate = Policy.load(job.policy, adapter=self.folder / "policy")
         stable = Policy.load(job.policy, adapter=job.stable) if job.stable else None
-        model = RewardModel.load(self.folder / "reward_model.safetensors")
+        model = load(self.folder / "reward_model.safetensors", candidate)
         how = self._sampling(settings.cycle.evaluation_samples, EVALUATION_SEED)
         body, details = evaluate(
             candidate, stable, model, job.held_out, job.probes, how, clip=settings.reward_model.clip, progress=self.progress
@@ -267,6 +271,13 @@ class Stages:
         )
         adapter_id, path = write_adapter(self.folder / "policy", adapters, fields)
         write_json(self.folder / "adapter.json", {"adapter_id": adapter_id, "path": str(path.absolute())})
+
+
+def _told(labels: Labels, chosen: CrossFit) -> dict[str, Any]:
+    """Calibration, side bias, and both in words."""
+    found = dict(zip(("calibration", "side_bias"), foretold(labels, chosen), strict=True))
+    figures = {name: asdict(value) if value else None for name, value in found.items()}
+    return figures | {"findings": [value.words for value in found.values() if value]}
 
 
 def _ratings_by_rater(labels: Labels) -> list[int]:

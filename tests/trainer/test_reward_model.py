@@ -15,15 +15,22 @@ from feedback.errors import TrainingRefused
 from feedback.snapshot import Row
 from trainer.config import RewardModelSettings
 from trainer.feature_map import FeatureMap
-from trainer.held_out import BLIND_RIDGE, clustered_mean, held_out, likelihood_gain, tastes
+from trainer.held_out import BLIND_RIDGE, Accuracy, Gain, clustered_mean, held_out, likelihood_gain, unseen_raters
 from trainer.labels import Labels, Thumbs, check
 from trainer.likelihood import BOTH_BAD
-from trainer.reward_model import Parameters, RewardModel, build_problem, compare, fit, folds_of, minimise, precisions, prompt_features
+from trainer.reward_model import fit, load
+from trainer.ridge import Parameters, build_problem, cross_validate, folds_of, minimise, precisions, prompt_features
 from trainer.score import Normaliser, Scorer
 from trainer.stages import split_raters
+from trainer.tastes import tastes
 
 QUICK = RewardModelSettings(ridges=(0.3, 3.0), folds=3, grid_extensions=2)
 LINEAR = RewardModelSettings(maps=("linear",), ridges=(0.3, 3.0), folds=3, grid_extensions=2)
+
+
+def foreseen(labels: Labels) -> dict[str, Accuracy | None]:
+    chosen = cross_validate(labels, LINEAR)
+    return held_out(labels, chosen, unseen_raters(labels, LINEAR, chosen))
 
 
 def test_it_orders_answers_by_their_hidden_utility() -> None:
@@ -47,7 +54,7 @@ def test_shuffled_labels_teach_nothing() -> None:
     world = rated_world(3)
     model = fit(world.labels.shuffled(0), LINEAR)
     assert abs(world.agreement(model.score(world.labels.features_ND)[0]) - 0.5) < 0.15
-    accuracy = held_out(world.labels.shuffled(0), LINEAR, "linear", 1.0)["prompts"]
+    accuracy = foreseen(world.labels.shuffled(0))["prompts"]
     assert accuracy is not None and accuracy.low < 0.5
 
 
@@ -93,11 +100,11 @@ def test_the_same_labels_give_the_same_bytes_and_survive_a_file(tmp_path: Path) 
     model, same = fit(labels, QUICK), fit(again, QUICK)
     assert model.id == same.id
     model.save(tmp_path / "model.safetensors")
-    loaded = RewardModel.load(tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors")
     assert loaded.id == model.id
     assert torch.equal(loaded.score(labels.features_ND)[0], model.score(labels.features_ND)[0])
     with pytest.raises(TrainingRefused, match="no file"):
-        RewardModel.load(tmp_path / "nothing")
+        load(tmp_path / "nothing")
 
 
 def test_more_ratings_leave_less_doubt() -> None:
@@ -109,24 +116,25 @@ def test_more_ratings_leave_less_doubt() -> None:
 
 def test_the_grid_grows_until_its_edge_is_not_the_best() -> None:
     labels = rated_world(7).labels
-    trials = compare(labels, RewardModelSettings(maps=("linear",), ridges=(1e-5, 1e-4), folds=3, grid_extensions=8))
-    best = min(trials, key=lambda t: t.nll)
-    assert trials[0].ridge < best.ridge < trials[-1].ridge
+    found = cross_validate(labels, RewardModelSettings(maps=("linear",), ridges=(1e-5, 1e-4), folds=3, grid_extensions=8))
+    assert found.trials[0].ridge < found.ridge < found.trials[-1].ridge and not found.at_edge
+    assert found.nll == min(trial.nll for trial in found.trials)
 
 
 def test_the_walk_over_the_grid_ends_where_the_whole_grid_has_its_best() -> None:
     labels = rated_world(14).labels
     ridges = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-    walked = compare(labels, RewardModelSettings(maps=("linear",), ridges=ridges, folds=3))
-    alone = [compare(labels, RewardModelSettings(maps=("linear",), ridges=(r, r), folds=3, grid_extensions=0))[0] for r in ridges]
-    best, best_alone = (min(trials, key=lambda t: t.nll) for trials in (walked, alone))
-    assert len(walked) < len(alone)
-    assert best.ridge == best_alone.ridge and best.nll == pytest.approx(best_alone.nll, abs=1e-5)
+    walked = cross_validate(labels, RewardModelSettings(maps=("linear",), ridges=ridges, folds=3))
+    alone = [cross_validate(labels, RewardModelSettings(maps=("linear",), ridges=(r, r), folds=3, grid_extensions=0)) for r in ridges]
+    best = min(alone, key=lambda t: t.nll)
+    assert len(walked.trials) < len(alone)
+    assert walked.ridge == best.ridge and walked.nll == pytest.approx(best.nll, abs=1e-5)
 
 
 def test_a_fit_ends_where_the_posterior_is_flat() -> None:
     labels = rated_world(15).labels
-    problem = build_problem(FeatureMap.fit("linear", labels.features_ND, labels.prompts_N), labels, prompt_features(labels), 0.5)
+    mapped_NP = FeatureMap.fit("linear", labels.features_ND, labels.prompts_N)(labels.features_ND)
+    problem = build_problem(mapped_NP, labels, prompt_features(labels), 0.5)
     found = minimise(problem, 1.0, tolerance=1e-6).requires_grad_(True)
     precision = precisions(problem, 1.0)
     loss = problem.loss(Parameters.split(found, problem.sizes)) + (precision * found.square()).sum() / 2
@@ -144,7 +152,7 @@ def test_folds_are_balanced_and_drawn_by_the_seed() -> None:
 
 
 def test_held_out_accuracy_of_prompts_raters_and_length() -> None:
-    found = held_out(rated_world(8).labels, LINEAR, "linear", 1.0)
+    found = foreseen(rated_world(8).labels)
     prompts, raters, length = found["prompts"], found["raters"], found["length"]
     assert prompts is not None and raters is not None and length is not None
     assert prompts.low > 0.5 and raters.low > 0.5
@@ -185,7 +193,7 @@ def test_each_prompt_gets_its_own_zero_and_the_base_its_unit() -> None:
     prompts = [(int(p),) for p in labels.prompts_N]
     scorer = Scorer(model, Normaliser.fit(model, prompts, labels.features_ND), clip=4.0)
     scores = scorer.score(prompts, labels.features_ND)
-    assert scores.mean().item() == pytest.approx(0.0, abs=0.02)
+    assert scorer.base_scores.mean().item() == pytest.approx(0.0, abs=0.02)
     spread = torch.stack([scores[labels.prompts_N == p].var() for p in range(3)]).mean().sqrt().item()
     assert 0.5 < spread < 1.5
     # A shift of all answers to a prompt, zero included, changes nothing.
@@ -271,13 +279,16 @@ def test_no_ratings_no_model() -> None:
 
 
 def test_the_likelihood_gain_tells_ratings_from_noise() -> None:
+    def gain(some: Labels, settings: RewardModelSettings = LINEAR) -> Gain:
+        return likelihood_gain(some, cross_validate(some, settings))
+
     labels = rated_world(3).labels
-    real = likelihood_gain(labels, LINEAR, "linear", 1.0)
-    noise = likelihood_gain(labels.shuffled(0), LINEAR, "linear", 1.0)
+    real, noise = gain(labels), gain(labels.shuffled(0))
     assert real.n == noise.n == labels.count
     assert real.low is not None and real.low > 0
     assert noise.low is not None and noise.low < 0
     # Without a score there is nothing to gain.
-    assert likelihood_gain(labels, LINEAR, "linear", BLIND_RIDGE).mean == 0.0
+    blind = RewardModelSettings(maps=("linear",), ridges=(BLIND_RIDGE, BLIND_RIDGE), folds=3, grid_extensions=0)
+    assert gain(labels, blind).mean == pytest.approx(0.0, abs=1e-6)
     one = labels.where_prompt(torch.arange(int(labels.prompts_N.max()) + 1) == 0)
-    assert likelihood_gain(one, LINEAR, "linear", 1.0).low is None
+    assert gain(one).low is None
