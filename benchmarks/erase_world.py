@@ -54,7 +54,7 @@ LIMITS: dict[str, object] = {
 """Nobody meets them here, and everybody is counted."""
 LEARNING = LearningSettings(
     reward_model=RewardModelSettings(maps=("linear",), ridges=(0.3, 3.0), folds=2, grid_extensions=0, base_samples=2),
-    ppo=PPOSettings(iterations=1, rollouts=8, minibatch=8, microbatch=8, kl_target_nats=3.0),
+    ppo=PPOSettings(iterations=1, rollouts=8, minibatch=8, microbatch_tokens=512, kl_target_nats=3.0),
     cycle=CycleSettings(evaluation_samples=2),
 )
 GATEWAY = """

@@ -47,7 +47,7 @@ SEED = 0
 class TailPolicy(Policy):
     """Reads only the last TAIL tokens, and keeps what it computed, so that an interrupted run goes on."""
 
-    def features(self, replies: Sequence[Reply], batch_size: int = 16) -> Tensor:
+    def features(self, replies: Sequence[Reply]) -> Tensor:
         short = []
         for reply in replies:
             tokens = reply.tokens[-(TAIL - 1) :]
@@ -55,7 +55,7 @@ class TailPolicy(Policy):
         name = hashlib.sha256(repr([(reply.prompt, reply.tokens) for reply in short]).encode()).hexdigest()
         path = CACHE / f"{name}.safetensors"
         if not path.exists():
-            found_BD = super().features(short, batch_size)
+            found_BD = super().features(short)
             CACHE.mkdir(parents=True, exist_ok=True)
             save_file({"features": found_BD.contiguous()}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)

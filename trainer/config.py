@@ -56,8 +56,8 @@ class PPOSettings(Section):
     """Passes over the rollouts."""
     minibatch: int = Field(default=16, ge=1)
     """Replies of one optimiser step."""
-    microbatch: int = Field(default=8, ge=1)
-    """Replies whose activations exist at once; gradients of a minibatch are accumulated over them."""
+    microbatch_tokens: int = Field(default=512, ge=1)
+    """Tokens whose activations exist at once, a shared beginning counted once; gradients of a minibatch are accumulated over them."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """Of the adapter."""
     critic_learning_rate: float = Field(default=1e-3, gt=0)

@@ -9,7 +9,7 @@ needs no mask. What all prompts of a batch begin with (the system prompt) is com
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from torch import Tensor
 from feedback.errors import InvalidInput, TrainingRefused
 from trainer.generation import generate
 from trainer.losses import chosen_logprobs
-from trainer.reply import Reply, by_length, pad
+from trainer.reply import Reply, by_tokens, pad, shared_prefix
 
 POLICY = "default"
 """Peft's name of the adapter that is the policy."""
-SHARED_PREFIX_TOKENS = 8
-"""A common beginning shorter than this is not worth a pass of its own."""
+GROUP_TOKENS = 1024
+"""Tokens that go through the model at once where no gradients are wanted."""
 
 
 class Policy:
@@ -203,7 +203,7 @@ class Policy:
         """One forward pass: (states_BTD that predict each reply token, mask_BT, last_BD after the last token)."""
         if any(not reply.tokens for reply in replies):
             raise TrainingRefused("a reply has 0 tokens, at least 1 is needed", field="replies")
-        shared = _shared_prefix([reply.prompt for reply in replies])
+        shared = shared_prefix([reply.prompt for reply in replies])
         ids_BS, _ = pad([(*reply.prompt[shared:], *reply.tokens) for reply in replies], self.pad_id)
         if shared:
             from transformers import DynamicCache
@@ -231,42 +231,49 @@ class Policy:
 
     @torch.no_grad()
     def passes(
-        self, replies: Sequence[Reply], temperature: float, groups: Sequence[Sequence[int]] | None = None
+        self,
+        replies: Sequence[Reply],
+        temperature: float,
+        groups: Sequence[Sequence[int]] | None = None,
+        value: Callable[[Sequence[Reply], Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(logprobs_BT, mask_BT, states_BTD, last_BD) of many replies, without gradients, one group at a time.
+        """(logprobs_BT, mask_BT, values_BT, last_BD) of many replies, without gradients, one group at a time.
 
-        `groups` are indices that go through the model together; default: 16 of similar length.
+        `groups` are indices that go through the model together; default: `GROUP_TOKENS` of similar length. `value` reads a group's
+        replies and states; without it values are 0. States are not kept: they would be B x T x D numbers.
         """
         width = max(len(reply.tokens) for reply in replies)
-        logprobs_BT, mask_BT = torch.zeros(len(replies), width), torch.zeros(len(replies), width)
-        states_BTD, last_BD = torch.zeros(len(replies), width, self.hidden_size), torch.zeros(len(replies), self.hidden_size)
-        for group in by_length(replies, 16) if groups is None else groups:
+        logprobs_BT, mask_BT, values_BT = torch.zeros(3, len(replies), width)
+        last_BD = torch.zeros(len(replies), self.hidden_size)
+        for group in by_tokens(replies, GROUP_TOKENS) if groups is None else groups:
             some, rows = [replies[i] for i in group], torch.tensor(group)
             states, mask, last_BD[rows] = self.hidden(some)
             logprobs_BT[rows, : mask.shape[1]] = self.token_logprobs(states, mask, some, temperature)
             mask_BT[rows, : mask.shape[1]] = mask
-            states_BTD[rows, : mask.shape[1]] = states
-        return logprobs_BT, mask_BT, states_BTD, last_BD
+            if value is not None:
+                values_BT[rows, : mask.shape[1]] = value(some, states) * mask
+        return logprobs_BT, mask_BT, values_BT, last_BD
 
     def logprobs(self, replies: Sequence[Reply], temperature: float, *, reference: bool = False) -> tuple[Tensor, Tensor]:
         """(logprobs_BT, mask_BT) without gradients."""
         if reference:
-            with self.reference():
-                return self.passes(replies, temperature)[:2]
+            return self.reference_pass(replies, temperature)[:2]
         return self.passes(replies, temperature)[:2]
 
-    def reference_pass(self, replies: Sequence[Reply], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def reference_pass(
+        self, replies: Sequence[Reply], temperature: float, groups: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One adapter-off forward for both uses: (reference logprobs_BT, mask_BT, reward features_BD)."""
         with self.reference():
-            logprobs_BT, mask_BT, _, last_BD = self.passes(replies, temperature)
+            logprobs_BT, mask_BT, _, last_BD = self.passes(replies, temperature, groups)
         return logprobs_BT, mask_BT, last_BD
 
     @torch.no_grad()
-    def features(self, replies: Sequence[Reply], batch_size: int = 16) -> Tensor:
+    def features(self, replies: Sequence[Reply]) -> Tensor:
         """The backbone's final state after each reply's last token, adapter off; B x D."""
         last_BD = torch.zeros(len(replies), self.hidden_size)
         with self.reference():
-            for group in by_length(replies, batch_size):
+            for group in by_tokens(replies, GROUP_TOKENS):
                 last_BD[torch.tensor(group)] = self.hidden([replies[i] for i in group])[2]
         return last_BD
 
@@ -275,19 +282,6 @@ def _lora(rank: int, alpha: int) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many tokens all prompts begin with, leaving at least one of each; 0 where sharing is not worth it."""
-    if len(prompts) == 1:
-        return 0
-    same = 0
-    for column in zip(*prompts, strict=False):
-        if len(set(column)) > 1:
-            break
-        same += 1
-    same = min(same, min(map(len, prompts)) - 1)
-    return same if same >= SHARED_PREFIX_TOKENS else 0
 
 
 @torch.no_grad()

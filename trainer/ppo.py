@@ -25,8 +25,8 @@ from trainer.budget import Result, Run, Step
 from trainer.config import PPOSettings
 from trainer.critic import Critic
 from trainer.losses import explained_variance, importance_weights, k1, masked_whiten, policy_loss, value_loss
-from trainer.policy import Policy
-from trainer.reply import Reply, by_length
+from trainer.policy import GROUP_TOKENS, Policy
+from trainer.reply import Reply, by_tokens
 from trainer.rollouts import LocalRollouts, Rollouts
 
 WARMUP_REPLIES = 64
@@ -87,7 +87,7 @@ def train(
     run = Run(settings, hashlib.sha256(repr((list(prompts), max_tokens, temperature, seed)).encode()).hexdigest())
     resumed = run.resume(options.checkpoint, policy, critic, optimiser)
     if not resumed and options.warmup is not None:
-        _warm_up(critic, policy, options.warmup, temperature)
+        _warm_up(critic, policy, options.warmup)
 
     for step in range(run.next_step, settings.iterations + 1):
         # --- rollouts -------------------------------------------------------------------------------------------------
@@ -100,10 +100,11 @@ def train(
         generated = time.perf_counter()
 
         # --- reference, reward and values -----------------------------------------------------------------------------
-        reference_BT, mask_BT, features_BD = policy.reference_pass(replies, temperature)
-        # The old log-probabilities go through the model in the first epoch's groups: its first ratio is then exactly 1.
+        # All of them go through the model in the first epoch's groups: its first ratio is then exactly 1, and a fresh adapter's KL 0.
         first_epoch = _minibatches(torch.arange(len(replies)), replies, settings)
-        old_BT, _, states_BTD, _ = policy.passes(replies, temperature, [micro for minibatch in first_epoch for micro in minibatch])
+        groups = [micro for minibatch in first_epoch for micro in minibatch]
+        reference_BT, mask_BT, features_BD = policy.reference_pass(replies, temperature, groups)
+        old_BT, _, values_BT, _ = policy.passes(replies, temperature, groups, lambda some, states_BTD: critic(states_BTD))
         finished_B = torch.tensor([float(reply.finished) for reply in replies])
         scores_B = score(replies, features_BD).float() - settings.unfinished_penalty * (1 - finished_B)
         if not torch.isfinite(scores_B).all():
@@ -128,8 +129,6 @@ def train(
             break
 
         # --- advantages -----------------------------------------------------------------------------------------------
-        with torch.no_grad():
-            values_BT = critic(states_BTD) * mask_BT
         rewards_BT = token_rewards(scores_B, k1(old_BT, reference_BT), mask_BT, measured.beta)
         advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, 1.0, settings.gae_lambda)
         advantages_BT = masked_whiten(advantages_BT, mask_BT)
@@ -180,11 +179,15 @@ def train(
 def _minibatches(order: Tensor, replies: Sequence[Reply], settings: PPOSettings) -> list[list[list[int]]]:
     """Minibatches in this order, each cut into groups of similar length whose activations exist at once."""
     parts = [order[start : start + settings.minibatch].tolist() for start in range(0, len(order), settings.minibatch)]
-    return [[[part[i] for i in group] for group in by_length([replies[i] for i in part], settings.microbatch)] for part in parts]
+    return [[[part[i] for i in group] for group in by_tokens([replies[i] for i in part], settings.microbatch_tokens)] for part in parts]
 
 
-def _warm_up(critic: Critic, policy: Policy, warmup: Warmup, temperature: float) -> None:
+@torch.no_grad()
+def _warm_up(critic: Critic, policy: Policy, warmup: Warmup) -> None:
     """Start the critic where the reference's score is expected, at every token of its replies."""
-    _, mask_BT, states_BTD, _ = policy.passes(warmup.replies[:WARMUP_REPLIES], temperature)
-    returns_BT = warmup.scores_B[:WARMUP_REPLIES].float()[:, None].expand_as(mask_BT)
-    critic.fit(states_BTD[mask_BT.bool()], returns_BT[mask_BT.bool()])
+    states, returns = [], []
+    for group in by_tokens(warmup.replies[:WARMUP_REPLIES], GROUP_TOKENS):
+        states_BTD, mask_BT, _ = policy.hidden([warmup.replies[i] for i in group])
+        states.append(states_BTD[mask_BT.bool()])
+        returns.append(warmup.scores_B[group].float().repeat_interleave(mask_BT.sum(1).long()))
+    critic.fit(torch.cat(states), torch.cat(returns))

@@ -26,7 +26,35 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tup
     return torch.tensor(filled), torch.tensor(marked)
 
 
-def by_length(replies: Sequence[Reply], size: int) -> list[list[int]]:
-    """Indices of the replies in groups of at most `size`, of similar length, so that little is padded."""
-    order = sorted(range(len(replies)), key=lambda i: len(replies[i].prompt) + len(replies[i].tokens))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+SHARED_PREFIX_TOKENS = 8
+"""A common beginning shorter than this is not worth a pass of its own."""
+
+
+def shared_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all prompts begin with, leaving at least one of each; 0 where sharing is not worth it."""
+    if len(prompts) == 1:
+        return 0
+    # Whatever the first and the last in order agree on, all between them do, too.
+    first, last = min(prompts), max(prompts)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    same = min(same, min(map(len, prompts)) - 1)
+    return same if same >= SHARED_PREFIX_TOKENS else 0
+
+
+def by_tokens(replies: Sequence[Reply], budget: int) -> list[list[int]]:
+    """Indices of the replies in groups of similar length that go through a model together, the longest first.
+
+    A group has at most `budget` tokens, padding counted and its prompts' common beginning counted once; a reply that is longer is
+    alone.
+    """
+    shared = shared_prefix([reply.prompt for reply in replies]) if replies else 0
+    own = [len(reply.prompt) - shared + len(reply.tokens) for reply in replies]
+    groups: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(replies)), key=lambda i: -own[i]):
+        if not groups or room < own[groups[-1][0]]:
+            groups.append([])
+            room = budget - shared
+        groups[-1].append(i)
+        room -= own[groups[-1][0]]
+    return groups

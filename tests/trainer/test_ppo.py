@@ -18,7 +18,7 @@ from trainer.ppo import Options, Score, Warmup, train
 from trainer.reply import Reply
 
 PROMPTS = [(2, i, i + 1, 3) for i in range(6, 26)]
-FAST = PPOSettings(iterations=3, rollouts=16, minibatch=8, microbatch=4, learning_rate=3e-3, kl_target_nats=4.0)
+FAST = PPOSettings(iterations=3, rollouts=16, minibatch=8, microbatch_tokens=48, learning_rate=3e-3, kl_target_nats=4.0)
 
 
 @pytest.fixture(scope="module")
