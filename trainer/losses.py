@@ -108,16 +108,16 @@ class _ChosenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
-        chosen_N = states_ND.new_empty(len(targets_N))
+        chosen_N = states_ND.new_empty(len(targets_N), dtype=torch.float32)
         slope_ND = torch.empty_like(states_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets_N), LOGITS_ROWS):
             rows = slice(start, start + LOGITS_ROWS)
-            logits_NV = (states_ND[rows] @ weight_VD.T).div_(temperature)
+            logits_NV = (states_ND[rows] @ weight_VD.T).float().div_(temperature)
             total_N = logits_NV.logsumexp(1)
             chosen_N[rows] = logits_NV.gather(1, targets_N[rows, None])[:, 0] - total_N
             if slope_ND is not None:
                 probabilities_NV = logits_NV.sub_(total_N[:, None]).exp_()
-                slope_ND[rows] = (weight_VD[targets_N[rows]] - probabilities_NV @ weight_VD) / temperature
+                slope_ND[rows] = (weight_VD[targets_N[rows]] - probabilities_NV.to(weight_VD.dtype) @ weight_VD) / temperature
         if slope_ND is not None:
             ctx.save_for_backward(slope_ND)
         return chosen_N
@@ -125,13 +125,13 @@ class _ChosenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
         (slope_ND,) = ctx.saved_tensors
-        return grad_N[:, None] * slope_ND, None, None, None
+        return grad_N[:, None].to(slope_ND.dtype) * slope_ND, None, None, None
 
 
 def chosen_logprobs(states_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
     """Log-probability of each target under softmax(states · weightᵀ / temperature), N; the weight is frozen.
 
-    The logits of `LOGITS_ROWS` rows exist at a time, with and without gradients.
+    The logits of `LOGITS_ROWS` rows exist at a time, with and without gradients; softmax is float32 whatever the states are.
     """
     chosen_N: Tensor = _ChosenLogprobs.apply(states_ND, weight_VD, targets_N, temperature)  # type: ignore[no-untyped-call]
     return chosen_N

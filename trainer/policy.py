@@ -3,7 +3,9 @@
 A critic or a reward model may have adapters of their own on that backbone; only the policy's is saved and served.
 
 Teacher-forced sequences are padded on the right, so that with causal attention padding can change nothing before it and
-needs no mask. What all prompts of a batch begin with (the system prompt) is computed once. Everything is float32 on a CPU.
+needs no mask. What all prompts of a batch begin with (the system prompt) is computed once. Adapters, log-probabilities and states
+are float32 whatever the backbone is; what a reward model reads (features) is returned on the CPU, the rest on the policy's device.
+Where several processes train, all of them make the same calls: `sample`, `passes` and `features` share the work and return the whole.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from feedback.errors import InvalidInput, TrainingRefused
+from trainer import distributed
 from trainer.generation import generate
 from trainer.losses import chosen_logprobs
 from trainer.reply import Reply, by_tokens, pad, shared_prefix
@@ -26,6 +29,8 @@ POLICY = "default"
 """Peft's name of the adapter that is the policy."""
 GROUP_TOKENS = 1024
 """Tokens that go through the model at once where no gradients are wanted."""
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class Policy:
@@ -38,6 +43,10 @@ class Policy:
         self.trunk = self.base.base_model
         self.head = self.base.get_output_embeddings()
         self._adapter_off = False
+        self.device: torch.device = self.head.weight.device
+        self.dtype: torch.dtype = self.head.weight.dtype
+        self.sharded = False
+        """Whether each process holds only its part of the backbone: then all take every forward pass together."""
         self.hidden_size = int(self.base.config.hidden_size)
         ends = getattr(self.base.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends
@@ -45,26 +54,39 @@ class Policy:
         self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
     @classmethod
-    def load(cls, path: Path, *, rank: int = 8, alpha: int = 16, seed: int = 0, adapter: Path | None = None) -> Policy:
+    def load(
+        cls,
+        path: Path,
+        *,
+        rank: int = 8,
+        alpha: int = 16,
+        seed: int = 0,
+        adapter: Path | None = None,
+        device: Device = "auto",
+        dtype: Dtype = "auto",
+    ) -> Policy:
         """A policy folder, with a fresh adapter (B = 0, so it is the reference) or a saved one.
 
-        Raises InvalidInput where the folder is no model, or the adapter is none for it.
+        `auto` is the GPU and bfloat16 where there is one, else the CPU and float32. Raises InvalidInput where the folder is no
+        model, the adapter is none for it, or the device is not there.
         """
         from peft import PeftModel, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
+        where, kind = place(device, dtype)
         logging.disable_progress_bar()
         try:
-            base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+            base = AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as exc:
             reason = str(exc).splitlines()[0]
             raise InvalidInput(f"policy.base is {str(path)!r}, which cannot be loaded as a model: {reason}", field="policy.base") from exc
+        base.to(where)
         _check_head(base, path)
         if adapter is not None:
             try:
-                model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+                model = PeftModel.from_pretrained(base, adapter, is_trainable=True, torch_device=str(where))
             except (OSError, ValueError, RuntimeError) as exc:
                 reason = str(exc).splitlines()[0]
                 raise InvalidInput(f"adapter {str(adapter)!r} does not fit {path.name!r}: {reason}", field="adapter") from exc
@@ -152,8 +174,12 @@ class Policy:
         """Inside, the backbone's weights are W + (alpha / r)·BA and the adapter is off.
 
         A step of one token would otherwise spend as long on the adapter's many small products as on the weights. The very
-        tensors W come back afterwards, because subtracting would leave rounding in the reference.
+        tensors W come back afterwards, because subtracting would leave rounding in the reference. A bfloat16 sum would lose
+        most of a small adapter, and a sharded W is not all here: there the adapter stays beside the weights.
         """
+        if self._adapter_off or self.sharded or self.dtype != torch.float32:
+            yield
+            return
         kept = [(layer, layer.weight.data) for layer in self.model.modules() if hasattr(layer, "get_delta_weight")]
         with torch.no_grad():
             for layer, weight in kept:
@@ -187,46 +213,49 @@ class Policy:
     def sample(
         self, prompts: Sequence[tuple[int, ...]], *, max_tokens: int, temperature: float, seed: int, batch_size: int = 64
     ) -> list[Reply]:
-        """One reply for each prompt from pi at this temperature, with nothing cut off (no top-p, no top-k); 0 is greedy."""
+        """One reply for each prompt from pi at this temperature, with nothing cut off (no top-p, no top-k); 0 is greedy.
+
+        A reply hangs on the seed, its place among the prompts and its prompt, not on who else is in its batch.
+        """
         generator = torch.Generator().manual_seed(seed)
+        uniforms_BT = torch.rand(len(prompts), max_tokens, generator=generator, dtype=torch.float64)
+        turns = distributed.turns(range(len(prompts)))
         replies: list[Reply] = []
-        for start in range(0, len(prompts), batch_size):
-            some = prompts[start : start + batch_size]
-            if self._adapter_off:
-                replies += generate(self, some, max_tokens, temperature, generator)
-            else:
-                with self._merged():
-                    replies += generate(self, some, max_tokens, temperature, generator)
-        return replies
+        for start in range(0, len(turns), batch_size):
+            some = [row for row, _ in turns[start : start + batch_size]]
+            with self._merged():
+                replies += generate(self, [prompts[i] for i in some], temperature, uniforms_BT[some])
+        return distributed.gather([reply for reply, (_, counts) in zip(replies, turns, strict=True) if counts])
 
     def hidden(self, replies: Sequence[Reply]) -> tuple[Tensor, Tensor, Tensor]:
         """One forward pass: (states_BTD that predict each reply token, mask_BT, last_BD after the last token)."""
         if any(not reply.tokens for reply in replies):
             raise TrainingRefused("a reply has 0 tokens, at least 1 is needed", field="replies")
-        shared = shared_prefix([reply.prompt for reply in replies])
-        ids_BS, _ = pad([(*reply.prompt[shared:], *reply.tokens) for reply in replies], self.pad_id)
+        shared = 0 if self.sharded else shared_prefix([reply.prompt for reply in replies])
+        ids_BS = pad([(*reply.prompt[shared:], *reply.tokens) for reply in replies], self.pad_id)[0].to(self.device)
         if shared:
             from transformers import DynamicCache
 
             cache = DynamicCache(config=self.base.config)
-            self.trunk(input_ids=torch.tensor([replies[0].prompt[:shared]]), past_key_values=cache, use_cache=True)
+            prefix_1P = torch.tensor([replies[0].prompt[:shared]], device=self.device)
+            self.trunk(input_ids=prefix_1P, past_key_values=cache, use_cache=True)
             cache.batch_repeat_interleave(len(replies))
             states_BSD = self.trunk(input_ids=ids_BS, past_key_values=cache, use_cache=True).last_hidden_state
         else:
             states_BSD = self.trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
-        lengths_B = torch.tensor([len(reply.tokens) for reply in replies])
-        first_B = torch.tensor([len(reply.prompt) - 1 - shared for reply in replies])
-        steps_T = torch.arange(int(lengths_B.max()))
+        lengths_B = torch.tensor([len(reply.tokens) for reply in replies], device=self.device)
+        first_B = torch.tensor([len(reply.prompt) - 1 - shared for reply in replies], device=self.device)
+        steps_T = torch.arange(max(len(reply.tokens) for reply in replies), device=self.device)
         mask_BT = (steps_T[None] < lengths_B[:, None]).float()
         index_BT = (first_B[:, None] + steps_T[None]).clamp(max=ids_BS.shape[1] - 1)
-        rows_B = torch.arange(len(replies))
-        return states_BSD[rows_B[:, None], index_BT], mask_BT, states_BSD[rows_B, first_B + lengths_B]
+        rows_B = torch.arange(len(replies), device=self.device)
+        return states_BSD[rows_B[:, None], index_BT].float(), mask_BT, states_BSD[rows_B, first_B + lengths_B].float()
 
     def token_logprobs(self, states_BTD: Tensor, mask_BT: Tensor, replies: Sequence[Reply], temperature: float) -> Tensor:
         """Log-probability of each reply token under softmax(logits / temperature), B x T, 0 on padding."""
-        targets_BT, _ = pad([reply.tokens for reply in replies], self.pad_id)
+        targets_BT = pad([reply.tokens for reply in replies], self.pad_id)[0].to(self.device)
         real_BT = mask_BT.bool()
-        chosen_N = chosen_logprobs(states_BTD[real_BT], self.head.weight, targets_BT[real_BT], temperature)
+        chosen_N = chosen_logprobs(states_BTD[real_BT].to(self.dtype), self.head.weight, targets_BT[real_BT], temperature)
         return torch.zeros_like(mask_BT).masked_scatter(real_BT, chosen_N)
 
     @torch.no_grad()
@@ -242,16 +271,20 @@ class Policy:
         `groups` are indices that go through the model together; default: `GROUP_TOKENS` of similar length. `value` reads a group's
         replies and states; without it values are 0. States are not kept: they would be B x T x D numbers.
         """
-        width = max(len(reply.tokens) for reply in replies)
-        logprobs_BT, mask_BT, values_BT = torch.zeros(3, len(replies), width)
-        last_BD = torch.zeros(len(replies), self.hidden_size)
-        for group in by_tokens(replies, GROUP_TOKENS) if groups is None else groups:
-            some, rows = [replies[i] for i in group], torch.tensor(group)
-            states, mask, last_BD[rows] = self.hidden(some)
+        size = 3, len(replies), max(len(reply.tokens) for reply in replies)
+        logprobs_BT, mask_BT, values_BT = torch.zeros(size, device=self.device)
+        last_BD = torch.zeros(len(replies), self.hidden_size, device=self.device)
+        for group, counts in distributed.turns(by_tokens(replies, GROUP_TOKENS) if groups is None else groups):
+            some, rows = [replies[i] for i in group], torch.tensor(group, device=self.device)
+            states, mask, last = self.hidden(some)
+            if not counts:
+                continue
+            last_BD[rows] = last
             logprobs_BT[rows, : mask.shape[1]] = self.token_logprobs(states, mask, some, temperature)
             mask_BT[rows, : mask.shape[1]] = mask
             if value is not None:
                 values_BT[rows, : mask.shape[1]] = value(some, states) * mask
+        distributed.total(logprobs_BT, mask_BT, values_BT, last_BD)
         return logprobs_BT, mask_BT, values_BT, last_BD
 
     def logprobs(self, replies: Sequence[Reply], temperature: float, *, reference: bool = False) -> tuple[Tensor, Tensor]:
@@ -266,16 +299,29 @@ class Policy:
         """One adapter-off forward for both uses: (reference logprobs_BT, mask_BT, reward features_BD)."""
         with self.reference():
             logprobs_BT, mask_BT, _, last_BD = self.passes(replies, temperature, groups)
-        return logprobs_BT, mask_BT, last_BD
+        return logprobs_BT, mask_BT, last_BD.cpu()
 
     @torch.no_grad()
     def features(self, replies: Sequence[Reply]) -> Tensor:
         """The backbone's final state after each reply's last token, adapter off; B x D."""
-        last_BD = torch.zeros(len(replies), self.hidden_size)
+        last_BD = torch.zeros(len(replies), self.hidden_size, device=self.device)
         with self.reference():
-            for group in by_tokens(replies, GROUP_TOKENS):
-                last_BD[torch.tensor(group)] = self.hidden([replies[i] for i in group])[2]
-        return last_BD
+            for group, counts in distributed.turns(by_tokens(replies, GROUP_TOKENS)):
+                last = self.hidden([replies[i] for i in group])[2]
+                if counts:
+                    last_BD[torch.tensor(group, device=self.device)] = last
+        distributed.total(last_BD)
+        return last_BD.cpu()
+
+
+def place(device: Device, dtype: Dtype) -> tuple[torch.device, torch.dtype]:
+    """What `auto` means on this machine. Raises InvalidInput where a GPU is asked for and none is there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput("hardware.device is 'cuda', and torch sees no GPU here; say 'cpu', or 'auto'", field="hardware.device")
+    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        return where, torch.bfloat16 if where.type == "cuda" else torch.float32
+    return where, torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 def _lora(rank: int, alpha: int) -> Any:
@@ -287,9 +333,11 @@ def _lora(rank: int, alpha: int) -> Any:
 @torch.no_grad()
 def _check_head(base: Any, path: Path) -> None:
     """Refuse a model whose logits are not simply its last states times its output embeddings (soft caps, scales, biases)."""
-    ids = torch.tensor([[0, 1]])
+    weight_VD = base.get_output_embeddings().weight
+    ids = torch.tensor([[0, 1]], device=weight_VD.device)
+    near = 1e-3 if weight_VD.dtype == torch.float32 else 2e-2
     states = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    if not torch.allclose(base(ids, use_cache=False).logits, states @ base.get_output_embeddings().weight.T, atol=1e-3, rtol=1e-3):
+    if not torch.allclose(base(ids, use_cache=False).logits, states @ weight_VD.T, atol=near, rtol=near):
         raise InvalidInput(
             f"policy.base is {str(path)!r}: logits that are more than states x output embeddings are not supported", field="policy.base"
         )

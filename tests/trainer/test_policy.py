@@ -10,7 +10,8 @@ import torch
 from trainer_world import ask, tiny_policy
 
 from feedback.errors import InvalidInput, TrainingRefused
-from trainer.policy import Policy
+from trainer.generation import draw
+from trainer.policy import Policy, place
 from trainer.reply import Reply
 
 PROMPT = (2, 10, 11, 12, 13, 14, 15, 16, 17, 18, 3)
@@ -115,6 +116,72 @@ def test_samples_have_the_distribution_that_logprobs_say(policy: Policy) -> None
         p = float(logprob_BT[0, 0].exp())
         # Four standard errors of a share.
         assert first.count(token) / len(first) == pytest.approx(p, abs=4 * (p * (1 - p) / len(first)) ** 0.5)
+
+
+def test_a_draw_by_hand() -> None:
+    logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]] * 5))
+    # Cumulative 0.2, 0.7, 1: the first token above the number; at temperature 1/2 the shares are 4, 25, 9 of 38: 0.105, 0.763, 1.
+    numbers = torch.tensor([0.0, 0.19, 0.21, 0.71, 0.9999999], dtype=torch.float64)
+    assert draw(logits, numbers, 1.0).tolist() == [0, 0, 1, 2, 2]
+    assert draw(logits, numbers, 0.5).tolist() == [0, 1, 1, 1, 2]
+    assert draw(logits, numbers, 0).tolist() == [1] * 5
+    # What has no probability is never drawn, not even by 0.
+    assert draw(torch.tensor([[-torch.inf, 0.0]]), torch.zeros(1), 1.0).tolist() == [1]
+
+
+def test_a_prompt_goes_through_the_model_once_whatever_its_samples(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    disturb(policy)
+    asked = [PROMPT] * 5 + [(*PROMPT[:-1], 30, 31, 3)] * 3 + [PROMPT]
+    read: list[int] = []
+    plain = policy.trunk.forward
+
+    def counted(*args: object, **values: object) -> object:
+        ids = values["input_ids"]
+        assert isinstance(ids, torch.Tensor)
+        read.append(ids.numel())
+        return plain(*args, **values)
+
+    monkeypatch.setattr(policy.trunk, "forward", counted)
+    together = policy.sample(asked, max_tokens=6, temperature=1.0, seed=3)
+    # Ten tokens that both prompts begin with, then two rows of the three that are left of the longer one, then a token a reply.
+    assert read[:2] == [10, 6]
+    assert read[2] <= len(asked)
+    # The same draws as one by one, where nothing is shared: each reply hangs on its place only.
+    assert policy.sample(asked, max_tokens=6, temperature=1.0, seed=3, batch_size=1) == together
+
+
+def test_bfloat16_stays_close_and_the_adapter_stays_float32(folder: Path) -> None:
+    exact, rough = Policy.load(folder), Policy.load(folder, dtype="bfloat16")
+    for policy in (exact, rough):
+        disturb(policy)
+    assert {p.dtype for p in rough.parameters} == {torch.float32}
+    assert rough.head.weight.dtype == torch.bfloat16
+    exact_BT, mask_BT = exact.logprobs(replies(), 0.7)
+    rough_BT, _ = rough.logprobs(replies(), 0.7)
+    assert rough_BT.dtype == torch.float32
+    # 8 bits of mantissa: log-probabilities of about -9 that agree to a hundredth of themselves.
+    assert 0 < float(((exact_BT - rough_BT).abs() * mask_BT).sum() / mask_BT.sum()) < 0.2
+    assert float(torch.nn.functional.cosine_similarity(exact.features(replies()), rough.features(replies())).min()) > 0.999
+    states, mask, _ = rough.hidden(replies())
+    rough.token_logprobs(states, mask, replies(), 0.7).sum().backward()  # type: ignore[no-untyped-call]
+    states, mask, _ = exact.hidden(replies())
+    exact.token_logprobs(states, mask, replies(), 0.7).sum().backward()  # type: ignore[no-untyped-call]
+    ours, theirs = (torch.cat([p.grad.flatten() for p in policy.parameters if p.grad is not None]) for policy in (rough, exact))
+    assert bool(torch.isfinite(ours).all())
+    assert float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0)) > 0.99
+    drawn = rough.sample([PROMPT] * 8, max_tokens=6, temperature=1.0, seed=3)
+    assert all(1 <= len(reply.tokens) <= 6 for reply in drawn)
+
+
+def test_the_device_is_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert place("auto", "auto") == (torch.device("cpu"), torch.float32)
+    assert place("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(InvalidInput, match=r"hardware\.device is 'cuda'"):
+        place("cuda", "auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert place("auto", "auto") == (torch.device("cuda"), torch.bfloat16)
+    assert place("cpu", "auto") == (torch.device("cpu"), torch.float32)
 
 
 def test_greedy_takes_the_likeliest_whatever_the_company(policy: Policy) -> None:
