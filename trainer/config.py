@@ -103,3 +103,23 @@ class CycleSettings(Section):
     """The control: ratings are shuffled, so that the candidate must not gain and must not be promoted."""
     seed: int = 0
     """Draws rollouts and evaluation samples."""
+
+
+class RolloutsSettings(Section):
+    """Where PPO's replies are sampled."""
+
+    urls: tuple[str, ...] = ()
+    """vLLM servers that serve no people and see the trainer's data folder; none samples in the trainer itself."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """How long one of them may take to answer a prompt before the others take over."""
+
+
+class HardwareSettings(Section):
+    """What the trainer computes on."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is the GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the backbone; `auto` is bfloat16 on a GPU and float32 on a CPU, where it is reproducible. Adapters are float32."""
+    shard: bool = False
+    """Under torchrun each process holds only its part of the backbone (FSDP), for one that does not fit; off: each holds all of it."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from math import log
 from pathlib import Path
 
 import pytest
 import torch
+from replica_double import ReplicaDouble
 from trainer_world import ask
 
-from feedback.errors import EngineRefused, EngineUnavailable
+from deploy.config import EngineSettings
+from feedback.errors import ConfigError, EngineRefused, EngineUnavailable
+from trainer.config import RolloutsSettings
 from trainer.losses import importance_weights
 from trainer.policy import Policy
-from trainer.rollouts import LocalRollouts, Rollouts, VLLMRollouts
+from trainer.rollouts import LocalRollouts, Rollouts, VLLMRollouts, alarms, rollouts_for
 
 POLICY = Path(__file__).resolve().parents[2] / "examples" / "concierge" / "policy"
 TEMPERATURE = 0.7
@@ -20,12 +25,21 @@ TEMPERATURE = 0.7
 Make = Callable[[Policy], Rollouts]
 
 
-@pytest.fixture(params=["local", pytest.param("vllm", marks=pytest.mark.slow)])
+@pytest.fixture(params=["local", "replicas", pytest.param("vllm", marks=pytest.mark.slow)])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     if request.param == "local":
         return LocalRollouts
-    server = request.getfixturevalue("vllm_concierge")
-    return lambda policy: VLLMRollouts(policy, server.url, tmp_path)
+    if request.param == "vllm":
+        urls = [request.getfixturevalue("vllm_concierge").url]
+    else:
+        urls = [replica.url for replica in request.getfixturevalue("pair")]
+    return lambda policy: VLLMRollouts(policy, urls, tmp_path)
+
+
+@pytest.fixture
+def pair() -> Iterator[list[ReplicaDouble]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(ReplicaDouble(POLICY)) for _ in range(2)]
 
 
 def disturbed() -> Policy:
@@ -55,6 +69,7 @@ def test_replies_are_sampled_from_the_adapter_as_it_is_now(make: Make) -> None:
     new_BT, mask_BT = policy.logprobs(sampled.replies, TEMPERATURE)
     old_BT, _ = policy.logprobs(sampled.replies, TEMPERATURE, reference=True)
     assert float(((new_BT - old_BT) * mask_BT).sum() / mask_BT.sum()) > 0.05
+    assert rollouts.sample(asked, max_tokens=24, temperature=TEMPERATURE, seed=3).replies == sampled.replies
     assert rollouts.sample(asked, max_tokens=24, temperature=TEMPERATURE, seed=4).replies != sampled.replies
 
 
@@ -75,8 +90,82 @@ def test_who_sampled_and_the_trainer_agree_on_every_token(make: Make) -> None:
 
 def test_an_engine_that_is_away_is_said_so(tmp_path: Path) -> None:
     policy = Policy.load(POLICY)
-    with pytest.raises(EngineUnavailable, match="does not answer"):
-        VLLMRollouts(policy, "http://127.0.0.1:9", tmp_path).sample(prompts(policy), max_tokens=2, temperature=1.0, seed=0)
+    with pytest.raises(EngineUnavailable, match=r"none of 1 servers is left .*does not answer"):
+        VLLMRollouts(policy, ["http://127.0.0.1:9"], tmp_path).sample(prompts(policy), max_tokens=2, temperature=1.0, seed=0)
+
+
+def test_one_request_a_prompt_and_a_new_name_each_time_on_every_replica(pair: list[ReplicaDouble], tmp_path: Path) -> None:
+    policy = disturbed()
+    rollouts = VLLMRollouts(policy, [replica.url for replica in pair], tmp_path)
+    for seed in (0, 1):
+        rollouts.sample(prompts(policy), max_tokens=4, temperature=TEMPERATURE, seed=seed)
+    # Three distinct prompts of four samples each, twice, dealt to two.
+    assert [replica.requests for replica in pair] == [4, 2]
+    assert pair[0].names == pair[1].names
+    assert len(set(pair[0].names)) == 2
+    assert [replica.loaded for replica in pair] == [{}, {}]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_replica_that_dies_leaves_its_prompts_to_the_others(pair: list[ReplicaDouble], tmp_path: Path) -> None:
+    policy = disturbed()
+    rollouts = VLLMRollouts(policy, [replica.url for replica in pair], tmp_path)
+    whole = rollouts.sample(prompts(policy), max_tokens=8, temperature=TEMPERATURE, seed=0)
+    pair[0].dies_at = pair[0].requests + 2  # the second of its two prompts
+    halved = rollouts.sample(prompts(policy), max_tokens=8, temperature=TEMPERATURE, seed=0)
+    assert halved.replies == whole.replies
+    assert halved.behaviour_BT is not None and whole.behaviour_BT is not None
+    assert torch.equal(halved.behaviour_BT, whole.behaviour_BT)
+    pair[0].dies_at = None  # somebody restarted it
+    asked = pair[0].requests
+    assert rollouts.sample(prompts(policy), max_tokens=8, temperature=TEMPERATURE, seed=0).replies == whole.replies
+    assert pair[0].requests == asked + 2
+    for replica in pair:
+        replica.dies_at = replica.requests + 1
+    with pytest.raises(EngineUnavailable, match=r"rollouts\.urls: none of 2 servers is left"):
+        rollouts.sample(prompts(policy), max_tokens=8, temperature=TEMPERATURE, seed=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logprobs_from_before_temperature_are_refused_by_name(tmp_path: Path) -> None:
+    policy = disturbed()
+    with ReplicaDouble(POLICY, raw=True) as replica:
+        rollouts = VLLMRollouts(policy, [replica.url], tmp_path)
+        with pytest.raises(EngineRefused, match="processed_logprobs"):
+            rollouts.sample(prompts(policy), max_tokens=8, temperature=TEMPERATURE, seed=0)
+        # At temperature 1 both are the same.
+        assert rollouts.sample(prompts(policy), max_tokens=8, temperature=1.0, seed=0).replies
+
+
+def test_replicas_that_serve_people_are_refused_by_name(tmp_path: Path) -> None:
+    policy = Policy.load(POLICY)
+    asked = RolloutsSettings(urls=("http://gpu7:8000", "http://localhost:8123/"))
+    for engine, name in ((EngineSettings(url="http://127.0.0.1:8123"), "url"), (EngineSettings(port=8123), "port")):
+        with pytest.raises(ConfigError, match=rf"http://localhost:8123/, which is engine\.{name}"):
+            rollouts_for(policy, asked, engine, tmp_path)
+    assert isinstance(rollouts_for(policy, asked, EngineSettings(url="http://gpu8:8000"), tmp_path), VLLMRollouts)
+    assert isinstance(rollouts_for(policy, RolloutsSettings(), EngineSettings(), tmp_path), LocalRollouts)
+
+
+def test_alarms_by_hand() -> None:
+    zeros, mask = torch.zeros(1, 5), torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0]])
+    assert alarms(zeros, zeros, mask) == ()
+    # w = 1/2, 1/2, 1/2, 17/2: mean 2.5; sum^2 / (4·sum of squares) = 100 / (4·73) = 0.34; variance 73/4 - 6.25 = 12;
+    # KL = (3·log 2 - log 8.5) / 4 = -0.015. What stands on padding does not count.
+    old = torch.tensor([[log(0.5), log(0.5), log(0.5), log(8.5), 50.0]])
+    assert alarms(old, zeros, mask) == (
+        "mean importance weight 2.50, outside [0.5, 2]",
+        "sd of the importance weights 3.46, above 1",
+    )
+    # The inverse weights 2, 2, 2, 2/17 are harmless: mean 1.53, effective 0.78, sd 0.81, KL 0.015.
+    assert alarms(zeros, old, mask) == ()
+    # w = 0.1, 0.1, 0.1, 4: mean 1.075; 4.3^2 / (4·16.03) = 0.29; variance 4.0075 - 1.1556 = 2.85; KL = (3·2.303 - 1.386) / 4 = 1.38.
+    old = torch.tensor([[log(0.1), log(0.1), log(0.1), log(4.0), 0.0]])
+    assert alarms(old, zeros, mask) == (
+        "effective sample size 0.29 of 1, below 0.3",
+        "sd of the importance weights 1.69, above 1",
+        "KL(rollouts || trainer) 1.380 nats a token, beyond 0.1",
+    )
 
 
 @pytest.mark.slow
@@ -84,4 +173,4 @@ def test_an_engine_that_refuses_is_quoted(request: pytest.FixtureRequest, tmp_pa
     server = request.getfixturevalue("vllm_concierge")
     policy = Policy.load(POLICY, rank=64)  # the server takes rank 8 at most
     with pytest.raises(EngineRefused, match="rank 64 is greater than max_lora_rank 8"):
-        VLLMRollouts(policy, server.url, tmp_path).sample(prompts(policy), max_tokens=2, temperature=1.0, seed=0)
+        VLLMRollouts(policy, [server.url], tmp_path).sample(prompts(policy), max_tokens=2, temperature=1.0, seed=0)
