@@ -101,6 +101,8 @@ class CycleSettings(Section):
     """Threads of torch; 0 is one for a policy below 64 MB, which loses far more to others beside it than it gains, and else torch's own."""
     shuffle_labels: bool = False
     """The control: ratings are shuffled, so that the candidate must not gain and must not be promoted."""
+    seeds: int = Field(default=2, ge=1, le=8)
+    """How often PPO runs, each time with other random numbers. The first is the candidate; the others show how much was luck."""
     seed: int = 0
     """Draws rollouts and evaluation samples."""
 

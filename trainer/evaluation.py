@@ -1,8 +1,8 @@
 """Is the candidate better, and what else changed? Answers of base, stable and candidate to prompts that nobody rated.
 
 Everything is sampled at the serving temperature, because the policy is the distribution at that temperature. A gain is a
-mean over prompts with the prompt as the unit. `evaluate` returns the body of the attestation `evaluation`, which the
-gates judge, and the details that only the report shows.
+mean over prompts with the prompt as the unit. Everybody is judged by one `Judge`; `evaluate` returns the body of the
+attestation `evaluation`, which the gates judge, and the details that only the report shows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,8 @@ Messages = list[dict[str, Any]]
 SAMPLE_BATCH = 64
 POSITIONS = 64
 """Token positions for which the KL is reported one by one."""
+MATCHED_LENGTH = 0.1
+"""Answers whose tokens differ by a smaller share are as long as each other."""
 FUNCTION_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -126,7 +128,7 @@ def kl_by_position(policy: Policy, replies: Sequence[Reply], temperature: float)
     return pad(gaps), pad(masks)
 
 
-def _gain(scores_N: Tensor, other_N: Tensor, samples: int) -> dict[str, float | None]:
+def gain(scores_N: Tensor, other_N: Tensor, samples: int) -> dict[str, float | None]:
     """Mean over prompts of the difference of mean scores, with the prompt as the unit."""
     gains_P = (scores_N - other_N).reshape(-1, samples).mean(1)
     mean, low, high = clustered_mean(gains_P, torch.arange(len(gains_P)))
@@ -136,12 +138,50 @@ def _gain(scores_N: Tensor, other_N: Tensor, samples: int) -> dict[str, float | 
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers of one policy to the held-out prompts, and what can be counted in them."""
+    """Answers of one policy to the held-out prompts, and what can be counted in them. Those to one prompt lie together."""
 
     replies: list[Reply]
     texts: list[str]
     scores_N: Tensor
     figures: dict[str, float]
+
+    @property
+    def lengths_N(self) -> Tensor:
+        """Tokens of each answer."""
+        return torch.tensor([len(reply.tokens) for reply in self.replies]).float()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What is the same for everybody who is compared: held-out prompts, how answers are drawn, base's answers and the score."""
+
+    prompts: Sequence[str]
+    how: Sampling
+    base: Answers
+    scorer: Scorer
+    progress: Progress | None = None
+
+    @classmethod
+    def of(
+        cls, policy: Policy, model: RewardModel, prompts: Sequence[str], how: Sampling, clip: float, progress: Progress | None = None
+    ) -> Judge:
+        """Of any policy on the base. The base's answers define each prompt's zero, and gains are in units of its sd. All answers are
+        scored alike, those of the base too, so that a candidate that says the same gains exactly nothing.
+
+        Raises TrainingRefused without held-out prompts."""
+        if not prompts:
+            raise TrainingRefused("evaluation: 0 held-out prompts, at least 1 is needed; name a file in cycle.held_out", field="held_out")
+        replies = sample(policy, prompts, how, reference=True, progress=progress, what="answers of the base")
+        features_ND = features_of(policy, replies, progress, "scores of base")
+        scorer = Scorer.fit(model, replies, features_ND, clip)
+        return cls(prompts, how, _counted(policy, prompts, how.samples, replies, scorer(replies, features_ND)), scorer, progress)
+
+    def answers(self, policy: Policy, name: str, stream: int = 0) -> Answers:
+        """This policy's own. Those of another `stream` are drawn independently."""
+        how = replace(self.how, seed=self.how.seed + stream)
+        replies = sample(policy, self.prompts, how, reference=False, progress=self.progress, what=f"answers of {name}")
+        features_ND = features_of(policy, replies, self.progress, f"scores of {name}")
+        return _counted(policy, self.prompts, how.samples, replies, self.scorer(replies, features_ND))
 
 
 def _counted(policy: Policy, prompts: Sequence[str], samples: int, replies: list[Reply], scores_N: Tensor) -> Answers:
@@ -161,75 +201,81 @@ def _counted(policy: Policy, prompts: Sequence[str], samples: int, replies: list
     return Answers(replies, texts, scores_N, figures)
 
 
-def _kl(candidate: Policy, prompts: Sequence[str], how: Sampling, replies: list[Reply]) -> dict[str, object]:
-    """KL to the reference at the serving temperature and at 1, in nats a reply, and by token position."""
-    gap_NT, mask_NT = kl_by_position(candidate, replies, how.temperature)
+def kl_of(policy: Policy, replies: Sequence[Reply], temperature: float) -> dict[str, Any]:
+    """KL of a policy's own replies to the reference, in nats a reply and by token position.
+
+    What a reply that was cut off would have gone on with is not in its sum, so those that ended by themselves stand alone, too.
+    """
+    gap_NT, mask_NT = kl_by_position(policy, replies, temperature)
     finished_N = torch.tensor([reply.finished for reply in replies])
     per_reply_N = gap_NT.sum(1)
-    at_one = per_reply_N
-    if how.temperature != 1.0:
-        warm = sample(candidate, prompts, how, reference=False, temperature=1.0)
-        at_one = kl_by_position(candidate, warm, 1.0)[0].sum(1)
     positions = (gap_NT.sum(0) / mask_NT.sum(0).clamp(min=1))[:POSITIONS]
     return {
         "all_replies": float(per_reply_N.mean()),
         "finished_replies": float(per_reply_N[finished_N].mean()) if bool(finished_N.any()) else None,
-        "at_temperature_1": float(at_one.mean()),
+        "finished": int(finished_N.sum()),
         "by_position": [round(float(value), 5) for value in positions],
     }
 
 
 def evaluate(
-    candidate: Policy,
-    stable: Policy | None,
-    model: RewardModel,
-    prompts: Sequence[str],
-    probes: Sequence[str],
-    how: Sampling,
-    *,
-    clip: float,
-    progress: Progress | None = None,
-) -> tuple[dict[str, object], dict[str, object]]:
-    """Body of the attestation, without facts and budget, and details. `stable` None: stable is the base.
-
-    The base's answers define each prompt's zero, and gains are in units of its sd. All answers are scored alike, those of the base
-    too, so that a candidate that says the same gains exactly nothing.
-    Raises TrainingRefused without held-out prompts.
-    """
-    if not prompts:
-        raise TrainingRefused("evaluation: 0 held-out prompts, at least 1 is needed", field="held_out")
-    drawn = {
-        "base": sample(candidate, prompts, how, reference=True, progress=progress, what="answers of the base"),
-        "candidate": sample(candidate, prompts, how, reference=False, progress=progress, what="answers of the candidate"),
-    }
-    if stable is not None:
-        drawn["stable"] = sample(stable, prompts, how, reference=False, progress=progress, what="answers of stable")
-    features = {name: features_of(candidate, replies, progress, f"scores of {name}") for name, replies in drawn.items()}
-    scorer = Scorer.fit(model, drawn["base"], features["base"], clip)
-    answers = {name: _counted(candidate, prompts, how.samples, replies, scorer(replies, features[name])) for name, replies in drawn.items()}
-    base, new, old = answers["base"], answers["candidate"], answers.get("stable", answers["base"])
-    kl = _kl(candidate, prompts, how, new.replies)
+    judge: Judge, candidate: Policy, stable: Policy | None, probes: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any], Answers]:
+    """Body of the attestation, without facts and budget, details, and the candidate's answers. `stable` None: stable is the base."""
+    how, base = judge.how, judge.base
+    new = judge.answers(candidate, "candidate")
+    old = base if stable is None else judge.answers(stable, "stable")
+    answers = {"base": base, "candidate": new} | ({} if stable is None else {"stable": old})
+    kl = kl_of(candidate, new.replies, how.temperature)
+    warm = kl
+    if how.temperature != 1.0:
+        warm = kl_of(candidate, sample(candidate, judge.prompts, how, reference=False, temperature=1.0), 1.0)
+    kl["at_temperature_1"] = warm["all_replies"]
+    matched = length_matched_win(new, base, how.samples)
     paired = ("length", "finished", "repetition", "on_topic", "refusal")
-    body: dict[str, object] = {
-        "reward_gain_base": _gain(new.scores_N, base.scores_N, how.samples),
-        "reward_gain_stable": _gain(new.scores_N, old.scores_N, how.samples),
+    body: dict[str, Any] = {
+        "reward_gain_base": gain(new.scores_N, base.scores_N, how.samples),
+        "reward_gain_stable": gain(new.scores_N, old.scores_N, how.samples),
         "kl_nats": kl["all_replies"],
+        "kl_finished_nats": kl["finished_replies"],
+        "finished_replies": kl["finished"],
+        "kl_nats_at_1": kl["at_temperature_1"],
         **{name: {"base": base.figures[name], "candidate": new.figures[name]} for name in paired},
+        "length_matched_win": matched,
         "probes": _probes(candidate, stable, probes, how),
     }
-    lengths = torch.tensor([len(reply.tokens) for reply in base.replies]).float()
-    details: dict[str, object] = {
+    details: dict[str, Any] = {
         "figures": {name: found.figures for name, found in answers.items()},
         "kl": kl,
-        "length_share_of_score": _correlation(lengths, base.scores_N, how.samples),
+        "length_share_of_score": _correlation(base.lengths_N, base.scores_N, how.samples),
         "samples": how.samples,
         "temperature": how.temperature,
         "examples": [
             {"prompt": prompt, **{name: found.texts[i * how.samples] for name, found in answers.items()}}
-            for i, prompt in enumerate(prompts)
+            for i, prompt in enumerate(judge.prompts)
         ][:24],
     }
-    return body, details
+    return body, details, new
+
+
+def length_matched_win(new: Answers, base: Answers, samples: int) -> dict[str, float | None] | None:
+    """How often the candidate's answer scores above one of base's that is as long, to the same prompt; equal scores count half.
+
+    As long: the tokens differ by less than a tenth of the longer. Every answer is held against all of base's to its prompt. The prompt
+    is the unit of the interval; None where no two answers are as long.
+    """
+    (new_PS, base_PS), (long_PS, short_PS) = (
+        [each.reshape(-1, samples) for each in pair] for pair in ((new.scores_N, base.scores_N), (new.lengths_N, base.lengths_N))
+    )
+    longer_PSS = torch.maximum(long_PS[:, :, None], short_PS[:, None])
+    matched_PSS = (long_PS[:, :, None] - short_PS[:, None]).abs() < MATCHED_LENGTH * longer_PSS
+    if not bool(matched_PSS.any()):
+        return None
+    margin_PSS = new_PS[:, :, None] - base_PS[:, None]
+    wins_N = ((margin_PSS > 0).double() + (margin_PSS == 0).double() / 2)[matched_PSS]
+    mean, low, high = clustered_mean(wins_N, matched_PSS.nonzero()[:, 0])
+    bounded = math.isfinite(low)
+    return {"value": mean, "low": max(low, 0.0) if bounded else None, "high": min(high, 1.0) if bounded else None, "n": len(wins_N)}
 
 
 def _correlation(lengths_N: Tensor, scores_N: Tensor, samples: int) -> float:

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from deploy.gates import Evaluation
 from deploy.lineage import forget
-from deploy.manifest import CONFIG, ManifestFields, base_digests, write_adapter
+from deploy.manifest import ManifestFields, base_digests, write_adapter
 from feedback import files
 from feedback.errors import SnapshotRedacted, TrainingRefused
 from feedback.snapshot import Snapshot, redacted
 from trainer import facts as facts_suite
-from trainer.evaluation import Sampling, evaluate, sample
+from trainer import seeds
+from trainer.budget import Step
+from trainer.evaluation import Answers, Judge, Sampling, evaluate, kl_of, sample
 from trainer.held_out import foretold, held_out, length_share, likelihood_gain, unseen_raters
 from trainer.labels import Labels, Progress, features_of, from_snapshot
 from trainer.policy import Policy
@@ -30,6 +32,7 @@ from trainer.reward_model import fit, load
 from trainer.ridge import CrossFit, cross_validate
 from trainer.schedule import Job, LearningSettings
 from trainer.score import Scorer
+from trainer.seeds import folder_of, seed_of
 from trainer.tastes import tastes
 
 BASE_SEED, EVALUATION_SEED = 100_000, 200_000
@@ -70,14 +73,6 @@ def _load_replies(path: Path) -> tuple[list[Reply], Tensor]:
     return [Reply(tuple(prompt), tuple(tokens), finished) for prompt, tokens, finished in about], load_file(path)["features"]
 
 
-def _canonical_config(path: Path) -> None:
-    """PEFT writes a set in any order and where the base lay on this disk; the adapter's id must depend on neither."""
-    config = read_json(path)
-    config["target_modules"] = sorted(config["target_modules"])
-    config["base_model_name_or_path"] = None
-    write_json(path, config)
-
-
 class Stages:
     """What the stages share: the job, its folder, and the policy, loaded once."""
 
@@ -89,9 +84,13 @@ class Stages:
     def policy(self) -> Policy:
         """Loaded once, when a stage first needs it; the adapter is fresh until `improve`."""
         if self._policy is None:
-            ppo = self.settings.ppo
-            self._policy = Policy.load(self.job.policy, rank=ppo.rank, alpha=ppo.alpha, seed=self.settings.cycle.seed)
+            self._policy = self._fresh(0)
         return self._policy
+
+    def _fresh(self, index: int) -> Policy:
+        """What run number `index` of PPO starts from."""
+        ppo = self.settings.ppo
+        return Policy.load(self.job.policy, rank=ppo.rank, alpha=ppo.alpha, seed=seed_of(self.settings.cycle.seed, index))
 
     def label(self) -> None:
         path = self.folder / "labels.safetensors"
@@ -173,45 +172,51 @@ class Stages:
         return Scorer.fit(load(self.folder / name, self.policy), replies, frozen_ND, self.settings.reward_model.clip)
 
     def improve(self) -> None:
-        if (self.folder / "ppo.json").exists():
-            return
+        """PPO, once for each seed. A reward model that learned nothing is not worth a second look."""
+        nothing = self._nothing_learned()
+        for index in range(1 if nothing else self.settings.cycle.seeds):
+            folder = folder_of(self.folder, index)
+            if not (folder / "ppo.json").exists():
+                folder.mkdir(exist_ok=True)
+                self._policy = self._fresh(index)
+                self._improve(index, folder, nothing)
+
+    def _improve(self, index: int, folder: Path, nothing: str | None) -> None:
         replies, _ = _load_replies(self.folder / "base.safetensors")
         score = self._scorer("reward_model.safetensors")
         watched = (self.folder / "watch_model.safetensors").exists()
-        live = self.folder / "metrics.jsonl"
-        settings = self.settings.ppo
-        nothing = self._nothing_learned()
-        if nothing:
-            settings = settings.model_copy(update={"iterations": 0})
+        live = folder / "metrics.jsonl"
+        settings = self.settings.ppo.model_copy(update={"iterations": 0}) if nothing else self.settings.ppo
+        policy, seed = self.policy, seed_of(self.settings.cycle.seed, index)
+        what = "PPO" if index == 0 else f"PPO, seed {index + 1} of {self.settings.cycle.seeds}"
 
-        def on_step(step: Any) -> None:
+        def on_step(step: Step) -> None:
             refuse_redacted(self.snapshot, self.folder)
             with live.open("a") as file:
                 file.write(json.dumps(asdict(step)) + "\n")
-            self.progress("PPO", min(1.0, step.step / settings.iterations) if settings.iterations else 1.0)
+            self.progress(what, min(1.0, step.step / settings.iterations) if settings.iterations else 1.0)
 
         result = train(
-            self.policy,
+            policy,
             list(dict.fromkeys(reply.prompt for reply in replies)),
             score,
             settings,
             max_tokens=self.job.max_tokens,
             temperature=self.job.temperature,
-            seed=self.settings.cycle.seed,
+            seed=seed,
             options=Options(
                 stop_score=self._scorer("watch_model.safetensors") if watched else None,
                 warmup=Warmup(replies, score.base_scores),
                 on_step=on_step,
-                checkpoint=self.folder / "ppo.pt",
+                checkpoint=folder / "ppo.pt",
             ),
         )
-        self.policy.save(self.folder / "policy")
-        _canonical_config(self.folder / "policy" / CONFIG)
+        policy.save(folder / "policy")
         steps = [asdict(step) for step in result.steps]
         # A run that was killed between a line and its checkpoint left that line twice; now each step stands once.
         files.replace(live, "".join(json.dumps(step) + "\n" for step in steps).encode())
-        body = asdict(result) | {"steps": steps}
-        write_json(self.folder / "ppo.json", body | ({"stopped_because": nothing} if nothing else {}))
+        body = asdict(result) | {"steps": steps, "seed": seed}
+        write_json(folder / "ppo.json", body | ({"stopped_because": nothing} if nothing else {}))
 
     def _nothing_learned(self) -> str | None:
         """Why PPO has nothing to optimise, if so: it raises the score of any reward model, also of one that is noise."""
@@ -230,9 +235,9 @@ class Stages:
         stable = Policy.load(job.policy, adapter=job.stable) if job.stable else None
         model = load(self.folder / "reward_model.safetensors", candidate)
         how = self._sampling(settings.cycle.evaluation_samples, EVALUATION_SEED)
-        body, details = evaluate(
-            candidate, stable, model, job.held_out, job.probes, how, clip=settings.reward_model.clip, progress=self.progress
-        )
+        judge = Judge.of(candidate, model, job.held_out, how, settings.reward_model.clip, self.progress)
+        body, details, answers = evaluate(judge, candidate, stable, job.probes)
+        body["seeds"] = self._seeds(judge, answers, body["kl_nats"])
         body["facts"], details["facts"] = self._facts(candidate, stable) if job.facts else (None, None)
         body["kl_budget_nats"] = read_json(self.folder / "ppo.json")["kl_target_nats"]
         body["likelihood_gain"] = read_json(self.folder / "reward.json")["likelihood_gain"]
@@ -240,6 +245,20 @@ class Stages:
         Evaluation.model_validate(body)  # what the gates could not read must fail here, not there
         write_json(self.folder / "details.json", details)
         write_json(self.folder / "evaluation.json", body)
+
+    def _seeds(self, judge: Judge, candidate: Answers, kl_nats: float) -> dict[str, Any]:
+        """What PPO's other runs led to, beside the candidate."""
+        first = self.settings.cycle.seed
+        outcomes = [seeds.Outcome(first, candidate, kl_nats, read_json(self.folder / "ppo.json"))]
+        for index in range(1, self.settings.cycle.seeds):
+            folder = folder_of(self.folder, index)
+            if (folder / "ppo.json").exists():
+                policy = Policy.load(self.job.policy, adapter=folder / "policy")
+                answers = judge.answers(policy, f"seed {index + 1}", stream=index)
+                kl = kl_of(policy, answers.replies, self.job.temperature)["all_replies"]
+                outcomes.append(seeds.Outcome(seed_of(first, index), answers, kl, read_json(folder / "ppo.json")))
+        found = seeds.compare(outcomes, judge.base, judge.how.samples)
+        return found | {"words": seeds.words(found), "lucky": seeds.undecided(found)}
 
     def _facts(self, candidate: Policy, stable: Policy | None) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the gate reads and what the report shows: against base or stable, whichever the candidate falls behind more."""

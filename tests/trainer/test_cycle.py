@@ -65,6 +65,21 @@ def test_a_cycle_leaves_an_adapter_with_its_evidence(world: tuple[Job, Path], re
 
 
 @pytest.mark.slow
+def test_the_second_seed_is_another_run_beside_the_candidate(world: tuple[Job, Path], result: CycleResult) -> None:
+    first, second = (json.loads((folder / "ppo.json").read_text()) for folder in (result.folder, result.folder / "seed-1"))
+    assert (first["seed"], second["seed"]) == (0, 1000) and first["steps"] != second["steps"]
+    candidate, other = result.evaluation["seeds"]["runs"]
+    assert candidate["gain_base"] == result.evaluation["reward_gain_base"] and other["gain_base"] != candidate["gain_base"]
+    (apart,) = result.evaluation["seeds"]["against_first"]
+    means = [run["gain_base"]["mean"] for run in (candidate, other)]
+    assert apart["difference"]["mean"] == pytest.approx(means[1] - means[0], abs=1e-5)
+    # One seed alone makes the same adapter: the others change nothing.
+    alone = run_cycle(world[0], replace(SETTINGS, cycle=SETTINGS.cycle.model_copy(update={"seeds": 1})), world[1])
+    weights = "adapter_model.safetensors"
+    assert read_manifest(alone.adapter).files[weights] == read_manifest(result.adapter).files[weights]
+
+
+@pytest.mark.slow
 def test_the_adapter_that_was_judged_is_the_one_that_loads(world: tuple[Job, Path], result: CycleResult) -> None:
     policy = Policy.load(world[0].policy, adapter=result.adapter)
     replies = policy.sample([policy.encode([{"role": "user", "content": " hello"}])] * 4, max_tokens=12, temperature=1.0, seed=0)

@@ -13,9 +13,21 @@ from tiny_policy import make_tiny_policy
 
 from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
-from trainer.evaluation import Sampling, distinct, evaluate, kl_by_position, on_topic, repetition, sample
+from trainer.evaluation import (
+    Answers,
+    Judge,
+    Sampling,
+    distinct,
+    evaluate,
+    kl_by_position,
+    length_matched_win,
+    on_topic,
+    repetition,
+    sample,
+)
 from trainer.labels import features_of
 from trainer.policy import Policy
+from trainer.reply import Reply
 from trainer.reward_model import RewardModel, fit
 
 HOW = Sampling(system_prompt=None, temperature=1.0, max_tokens=10, samples=4, seed=5)
@@ -77,27 +89,48 @@ def test_kl_is_zero_without_a_change_and_positive_with_one(tmp_path: Path) -> No
 
 
 def test_an_unchanged_candidate_gains_nothing(policy: Policy, model: RewardModel) -> None:
-    body, details = evaluate(policy, None, model, HELD_OUT, [" hello"], HOW, clip=4.0)
+    body, details, _ = evaluate(Judge.of(policy, model, HELD_OUT, HOW, 4.0), policy, None, [" hello"])
     # The same seed and the same weights: the same answers.
     assert body["reward_gain_base"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 4} == body["reward_gain_stable"]
     assert body["kl_nats"] == pytest.approx(0.0, abs=1e-6)
-    assert body["length"]["base"] == body["length"]["candidate"]  # type: ignore[index]
-    assert details["figures"]["base"]["score"] == pytest.approx(0.0, abs=0.3)  # type: ignore[index]
+    assert body["length"]["base"] == body["length"]["candidate"]
+    assert details["figures"]["base"]["score"] == pytest.approx(0.0, abs=0.3)
+    # Against itself an answer is a tie and the others win as often as they lose.
+    assert body["length_matched_win"]["value"] == pytest.approx(0.5)
+    assert body["finished_replies"] == round(16 * body["finished"]["candidate"])
 
 
 def test_a_gain_is_what_the_scores_say(tmp_path: Path, model: RewardModel) -> None:
     candidate = moved(Policy.load(make_tiny_policy(tmp_path)), 0.5)
-    body, details = evaluate(candidate, None, model, HELD_OUT, [], HOW, clip=4.0)
+    judge = Judge.of(candidate, model, HELD_OUT, HOW, 4.0)
+    body, details, _ = evaluate(judge, candidate, None, [])
     gain, figures = body["reward_gain_base"], details["figures"]
-    assert gain["mean"] == pytest.approx(figures["candidate"]["score"] - figures["base"]["score"], abs=1e-5)  # type: ignore[index]
-    assert gain["low"] < gain["mean"] < gain["high"]  # type: ignore[index]
+    assert gain["mean"] == pytest.approx(figures["candidate"]["score"] - figures["base"]["score"], abs=1e-5)
+    assert gain["low"] < gain["mean"] < gain["high"]
     assert body["probes"] == []
-    against_itself, _ = evaluate(candidate, candidate, model, HELD_OUT, [], HOW, clip=4.0)
+    against_itself, _, _ = evaluate(judge, candidate, candidate, [])
     assert against_itself["reward_gain_stable"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 4}
 
 
 def test_one_prompt_gives_no_interval_and_none_is_refused(policy: Policy, model: RewardModel) -> None:
-    body, _ = evaluate(policy, None, model, HELD_OUT[:1], [], HOW, clip=4.0)
+    body, _, _ = evaluate(Judge.of(policy, model, HELD_OUT[:1], HOW, 4.0), policy, None, [])
     assert body["reward_gain_base"] == {"mean": 0.0, "low": None, "high": None, "n": 1}
     with pytest.raises(TrainingRefused, match="0 held-out prompts"):
-        evaluate(policy, None, model, [], [], HOW, clip=4.0)
+        Judge.of(policy, model, [], HOW, 4.0)
+
+
+def said(lengths: list[int], scores: list[float]) -> Answers:
+    """Answers of which only length and score count."""
+    return Answers([Reply((1,), (2,) * length, True) for length in lengths], [], torch.tensor(scores), {})
+
+
+def test_a_win_counts_only_against_answers_that_are_as_long() -> None:
+    # Two answers to each of two prompts. Prompt 1: 20 and 40 tokens against 19 and 60: only 20 with 19 (1 < 2 tokens apart), 1 > 0: a win.
+    # Prompt 2: 10 and 11 against 10 and 30: 10 with 10, 2 = 2: half; 11 with 10 (1 < 1.1), 0 < 2: lost. So (1 + 1/2 + 0) / 3 = 1/2.
+    new, base = said([20, 40, 10, 11], [1.0, -9.0, 2.0, 0.0]), said([19, 60, 10, 30], [0.0, 9.0, 2.0, -9.0])
+    found = length_matched_win(new, base, 2)
+    assert found is not None and found["value"] == pytest.approx(0.5) and found["n"] == 3
+    # Residuals 1/2 and (0 - 1/2) sum to 1/2 and -1/2: variance 2/1·(1/4 + 1/4)/9 = 1/9, so the interval is 1/2 ± 1.96/3, cut to [0, 1].
+    assert found["low"] == 0.0 and found["high"] == 1.0
+    # 20 and 18 differ by a tenth of the longer, which is not less.
+    assert length_matched_win(said([20, 20], [1.0, 1.0]), said([18, 18], [0.0, 0.0]), 2) is None
