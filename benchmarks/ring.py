@@ -45,7 +45,7 @@ def learned(world: int, seed: int, *, shuffled: bool) -> dict[str, Any]:
     """One turn of the product: ratings, snapshot, cycle. Its W."""
     example = load("concierge", world)
     with tempfile.TemporaryDirectory() as name:
-        cycle = CycleSettings(shuffle_labels=shuffled, seed=seed)
+        cycle = CycleSettings(shuffle_labels=shuffled, seed=seed, seeds=1)
         settings = LearningSettings(reward_model=_reward_model(), ppo=_ppo(), cycle=cycle)
         result, ratings = turn(example, QUICK_COMPARISONS if quick() else COMPARISONS, seed, settings, Path(name))
         candidate = Policy.load(example.policy_dir(Path(name)), adapter=result.folder / "policy")

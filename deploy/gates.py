@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict
 from deploy.config import GateSettings
 from deploy.records import Attestation
 
+MIN_FINISHED = 30
+"""Fewer answers that ended by themselves do not tell their KL."""
+
 Outcome = Literal["pass", "fail", "inconclusive", "error"]
 Comparison = Literal[">", ">=", "<", "<=", "=="]
 
@@ -68,7 +71,13 @@ class Evaluation(Evidence):
     likelihood_gain: Gain
     """Of the reward model: nats by which ratings of unseen prompts are likelier than by prompt and rater alone; n counts ratings."""
     kl_nats: float
-    """Of whole replies at the serving temperature."""
+    """Of all replies at the serving temperature, also of those that were cut off."""
+    kl_finished_nats: float | None = None
+    """Of those that ended by themselves: what a reply would have gone on with is missing from the sum of one that was cut off."""
+    finished_replies: int = 0
+    """How many those are."""
+    kl_nats_at_1: float | None = None
+    """Of replies sampled at temperature 1; for people, because the budget is meant at the serving temperature."""
     kl_budget_nats: float
     facts: Facts | None = None
     length: Change
@@ -214,16 +223,21 @@ class KlBudget:
 
     def judge(self, found: Evaluation, settings: GateSettings) -> Verdict:
         most = found.kl_budget_nats * settings.kl_slack
-        if not (math.isfinite(found.kl_nats) and most > 0):
-            return Verdict.error(
-                self.name, f"KL {found.kl_nats} of a budget of {found.kl_budget_nats} nats cannot be judged; evaluate again"
-            )
-        inside = found.kl_nats <= most
-        figures = f"{found.kl_nats:.2f} nats an answer from base {'<=' if inside else '>'} {most:.2f}"
+        # The sum of a reply that was cut off is only a part of its KL, so the mean of all replies is too low and what exceeds the budget
+        # in it surely does. Of those that ended nothing is missing, where they are enough to tell.
+        whole = found.kl_finished_nats if found.finished_replies >= MIN_FINISHED else None
+        kl = found.kl_nats if whole is None else max(found.kl_nats, whole)
+        if not (math.isfinite(kl) and most > 0):
+            return Verdict.error(self.name, f"KL {kl} of a budget of {found.kl_budget_nats} nats cannot be judged; evaluate again")
+        inside = kl <= most
+        which = (
+            "" if whole is None else f" ({whole:.2f} of the {found.finished_replies} that ended by themselves, {found.kl_nats:.2f} of all)"
+        )
+        figures = f"{kl:.2f} nats an answer from base {'<=' if inside else '>'} {most:.2f}{which}"
         return Verdict(
             name=self.name,
             verdict="pass" if inside else "fail",
-            value=found.kl_nats,
+            value=kl,
             comparison="<=",
             threshold=most,
             reason=figures if inside else f"{figures}; train again with a smaller ppo.kl_target_nats",

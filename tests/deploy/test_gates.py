@@ -73,6 +73,17 @@ def test_what_is_refused_and_why(name: str, changed: dict[str, Any], outcome: st
     assert said in found.reason
 
 
+def test_the_kl_of_answers_that_ended_counts_too_where_there_are_enough() -> None:
+    # The limit is 1.5 x 2 nats; all answers together have 2.5.
+    found = verdict("KL", kl_finished_nats=3.2, finished_replies=30)
+    assert (found.verdict, found.value) == ("fail", 3.2)
+    assert "3.20 nats an answer from base > 3.00 (3.20 of the 30 that ended by themselves, 2.50 of all)" in found.reason
+    found = verdict("KL", kl_finished_nats=3.2, finished_replies=29)
+    assert (found.verdict, found.value) == ("pass", 2.5)
+    # What was cut off has at least as much as was seen of it, so it cannot hide behind answers that ended.
+    assert verdict("KL", kl_nats=9.0, kl_finished_nats=2.9, finished_replies=96).verdict == "fail"
+
+
 def test_the_thresholds_themselves_pass() -> None:
     # 1.5 x 2 nats; a rise of 0.05 and falls of 0.1 although 0.9 - 0.8 is 0.09999999999999998 and 0.06 - 0.01 is 0.049999999999999996
     assert verdict("KL", kl_nats=3.0).verdict == "pass"
