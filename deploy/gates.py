@@ -226,9 +226,11 @@ class KlBudget:
         # The sum of a reply that was cut off is only a part of its KL, so the mean of all replies is too low and what exceeds the budget
         # in it surely does. Of those that ended nothing is missing, where they are enough to tell.
         whole = found.kl_finished_nats if found.finished_replies >= MIN_FINISHED else None
-        kl = found.kl_nats if whole is None else max(found.kl_nats, whole)
+        figures_read = [found.kl_nats] if whole is None else [found.kl_nats, whole]
+        kl = max(figures_read) if all(map(math.isfinite, figures_read)) else math.nan
         if not (math.isfinite(kl) and most > 0):
-            return Verdict.error(self.name, f"KL {kl} of a budget of {found.kl_budget_nats} nats cannot be judged; evaluate again")
+            told = f"KL {found.kl_nats} of a budget of {found.kl_budget_nats} nats cannot be judged; evaluate again"
+            return Verdict.error(self.name, told)
         inside = kl <= most
         which = (
             "" if whole is None else f" ({whole:.2f} of the {found.finished_replies} that ended by themselves, {found.kl_nats:.2f} of all)"

@@ -117,6 +117,12 @@ def base_config(policy: Path) -> dict[str, JsonValue]:
         raise InvalidInput(
             f"policy.base is {str(policy)!r}, which is no folder; a model folder holds config.json and *.safetensors", field="policy.base"
         )
+    if lora := _adapter_in(policy):
+        raise InvalidInput(
+            f"policy.base is {str(policy)!r}, which holds an adapter ({lora}); an adapter on top of another is neither trained nor "
+            "served: merge it into its model (peft: merge_and_unload, save_pretrained) and name the merged folder",
+            field="policy.base",
+        )
     try:
         config: dict[str, JsonValue] = json.loads((policy / "config.json").read_text())
     except (OSError, ValueError) as exc:
@@ -131,6 +137,20 @@ def base_config(policy: Path) -> dict[str, JsonValue]:
     if not (policy / "tokenizer.json").is_file() and not (policy / "tokenizer_config.json").is_file():
         raise InvalidInput(f"policy.base is {str(policy)!r}, which has no tokenizer.json", field="policy.base")
     return config
+
+
+def _adapter_in(policy: Path) -> str | None:
+    """The file that makes this folder an adapter, or a model with one inside, if any does. Loaders would put it on top unasked."""
+    if (policy / CONFIG).exists():
+        return CONFIG
+    for path in sorted(policy.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as tensors:
+                if any("lora_" in name for name in tensors.keys()):  # noqa: SIM118  (no mapping)
+                    return path.name
+        except (OSError, SafetensorError):
+            continue  # whoever loads it will say what is wrong with it
+    return None
 
 
 def base_digests(policy: Path) -> BaseModelDigests:

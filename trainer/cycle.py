@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deploy.lineage import forget
+from deploy.manifest import base_config
 from feedback.snapshot import load as load_snapshot
 from trainer.labels import Progress
 from trainer.schedule import Job, LearningSettings, cycle_id
@@ -61,6 +62,7 @@ def run_cycle(
     Raises TrainingRefused where the data or the settings cannot train, SnapshotRedacted where somebody in it was erased, InvalidInput
     where the policy is no model.
     """
+    base_config(job.policy)  # refused before anything is written
     if threads := settings.cycle.threads or int(_is_small(job.policy)):
         torch.set_num_threads(threads)
     snapshot = load_snapshot(job.snapshot)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from feedback import files
 from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
 
 if TYPE_CHECKING:
+    from deploy.manifest import BaseModelDigests
     from feedback.archive import Archive
     from trainer.facts import Fact
 
@@ -56,6 +57,8 @@ class Job:
     facts: Sequence[Fact]
     stable: Path | None = None
     """Folder of the adapter that answers people now; None where that is the base."""
+    answered_by: Mapping[str, BaseModelDigests] | None = None
+    """The base of every adapter that is known, by the adapter's id; says whether rated answers are another model's. Changes no outcome."""
 
     def as_json(self) -> dict[str, Any]:
         plain = ("policy_name", "system_prompt", "temperature", "max_tokens", "max_model_len")

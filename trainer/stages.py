@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from deploy.gates import Evaluation
@@ -32,9 +33,12 @@ from trainer.reward_model import fit, load
 from trainer.ridge import CrossFit, cross_validate
 from trainer.schedule import Job, LearningSettings
 from trainer.score import Scorer
+from trainer.screening import of_another_base, prompts_of, within_context
 from trainer.seeds import folder_of, seed_of
 from trainer.tastes import tastes
 
+NOT_FINITE = ("loss", "score")
+"""Fields of the errors with which PPO ends on a number that is none. Its last checkpoint is good."""
 BASE_SEED, EVALUATION_SEED = 100_000, 200_000
 """Far from PPO's seeds, which count its steps: equal seeds would give equal random numbers to answers that should be independent."""
 
@@ -60,17 +64,16 @@ def refuse_redacted(snapshot: Snapshot, folder: Path) -> None:
         raise SnapshotRedacted(f"somebody whose ratings are in snapshot {snapshot.digest[:16]} was erased; train from a new one")
 
 
-def _save_replies(path: Path, replies: Sequence[Reply], features_ND: Tensor) -> None:
-    about = json.dumps([[reply.prompt, reply.tokens, reply.finished] for reply in replies])
-    files.replace(path, save({"features": features_ND.contiguous()}, metadata={"replies": about}))
+def _save_replies(path: Path, replies: Sequence[Reply], features_ND: Tensor, warnings: Sequence[str]) -> None:
+    about = {"replies": json.dumps([[reply.prompt, reply.tokens, reply.finished] for reply in replies]), "warnings": json.dumps(warnings)}
+    files.replace(path, save({"features": features_ND.contiguous()}, metadata=about))
 
 
-def _load_replies(path: Path) -> tuple[list[Reply], Tensor]:
-    from safetensors import safe_open
-
+def _load_replies(path: Path) -> tuple[list[Reply], Tensor, list[str]]:
     with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()["replies"])
-    return [Reply(tuple(prompt), tuple(tokens), finished) for prompt, tokens, finished in about], load_file(path)["features"]
+        about = {name: json.loads(value) for name, value in file.metadata().items()}
+        features_ND = file.get_tensor("features")
+    return [Reply(tuple(prompt), tuple(tokens), finished) for prompt, tokens, finished in about["replies"]], features_ND, about["warnings"]
 
 
 class Stages:
@@ -95,10 +98,14 @@ class Stages:
     def label(self) -> None:
         path = self.folder / "labels.safetensors"
         if not path.exists():
-            single = self.settings.reward_model.allow_single_rater
-            labels = from_snapshot(
-                self.snapshot.rows, self.policy, self.job.system_prompt, allow_single_rater=single, progress=self.progress
-            )
+            single, job = self.settings.reward_model.allow_single_rater, self.job
+            rows, warnings = within_context(self.snapshot.rows, self.policy, job.system_prompt, job.max_model_len)
+            if not rows:
+                raise TrainingRefused(f"labels: {warnings[0]}, so 0 are left; raise policy.max_model_len", field="labels")
+            if job.answered_by is not None:
+                warnings += of_another_base(rows, job.answered_by, base_digests(job.policy))
+            labels = from_snapshot(rows, self.policy, job.system_prompt, allow_single_rater=single, progress=self.progress)
+            labels = replace(labels, warnings=(*labels.warnings, *warnings))
             if self.settings.cycle.shuffle_labels:
                 labels = labels.shuffled(self.settings.reward_model.seed)
             labels.save(path)
@@ -108,17 +115,15 @@ class Stages:
         path = self.folder / "base.safetensors"
         if path.exists():
             return
-        # Rows repeat prompts; PPO takes each once.
-        texts = sorted({json.dumps(row.prompt, sort_keys=True) for row in self.snapshot.rows})
-        room = self.job.max_model_len - self.job.max_tokens
-        prompts = [text for text in texts if len(self.policy.encode(json.loads(text), self.job.system_prompt)) <= room]
-        if not prompts:
-            raise TrainingRefused(f"prompts: none of {len(texts)} fits into {room} tokens beside its answer", field="max_model_len")
+        job = self.job
+        found = prompts_of(self.snapshot.rows, self.policy, job.system_prompt, job.max_model_len, job.max_tokens)
+        prompts = found.fitting
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.settings.cycle.seed))
         chosen = [json.loads(prompts[int(i)]) for i in order[: self.settings.cycle.max_prompts]]
         how = self._sampling(self.settings.reward_model.base_samples, BASE_SEED)
         replies = sample(self.policy, chosen, how, reference=True, progress=self.progress, what="answers of the base")
-        _save_replies(path, replies, features_of(self.policy, replies, self.progress, "features of the base's answers"))
+        features_ND = features_of(self.policy, replies, self.progress, "features of the base's answers")
+        _save_replies(path, replies, features_ND, found.warnings)
 
     def _sampling(self, samples: int, stream: int) -> Sampling:
         job = self.job
@@ -141,7 +146,7 @@ class Stages:
             fit(watch, settings, chosen).save(self.folder / "watch_model.safetensors")
         self.progress("held-out accuracy", 0.8)
         accuracy = held_out(labels, chosen, unseen_raters(labels, settings, chosen))
-        warnings = list(labels.warnings)
+        warnings = [*labels.warnings, *_load_replies(self.folder / "base.safetensors")[2]]
         if chosen.at_edge:
             warnings.append(f"reward model: the best ridge {chosen.ridge:g} lies on the edge of what was compared")
         body = {
@@ -168,7 +173,7 @@ class Stages:
         self.progress("reward model", 1.0)
 
     def _scorer(self, name: str) -> Scorer:
-        replies, frozen_ND = _load_replies(self.folder / "base.safetensors")
+        replies, frozen_ND, _ = _load_replies(self.folder / "base.safetensors")
         return Scorer.fit(load(self.folder / name, self.policy), replies, frozen_ND, self.settings.reward_model.clip)
 
     def improve(self) -> None:
@@ -178,11 +183,12 @@ class Stages:
             folder = folder_of(self.folder, index)
             if not (folder / "ppo.json").exists():
                 folder.mkdir(exist_ok=True)
-                self._policy = self._fresh(index)
+                if index:
+                    self._policy = self._fresh(index)
                 self._improve(index, folder, nothing)
 
     def _improve(self, index: int, folder: Path, nothing: str | None) -> None:
-        replies, _ = _load_replies(self.folder / "base.safetensors")
+        replies, _, _ = _load_replies(self.folder / "base.safetensors")
         score = self._scorer("reward_model.safetensors")
         watched = (self.folder / "watch_model.safetensors").exists()
         live = folder / "metrics.jsonl"
@@ -196,21 +202,25 @@ class Stages:
                 file.write(json.dumps(asdict(step)) + "\n")
             self.progress(what, min(1.0, step.step / settings.iterations) if settings.iterations else 1.0)
 
-        result = train(
-            policy,
-            list(dict.fromkeys(reply.prompt for reply in replies)),
-            score,
-            settings,
-            max_tokens=self.job.max_tokens,
-            temperature=self.job.temperature,
-            seed=seed,
-            options=Options(
-                stop_score=self._scorer("watch_model.safetensors") if watched else None,
-                warmup=Warmup(replies, score.base_scores),
-                on_step=on_step,
-                checkpoint=folder / "ppo.pt",
-            ),
+        options = Options(
+            stop_score=self._scorer("watch_model.safetensors") if watched else None,
+            warmup=Warmup(replies, score.base_scores),
+            on_step=on_step,
+            checkpoint=folder / "ppo.pt",
         )
+        prompts = list(dict.fromkeys(reply.prompt for reply in replies))
+        tokens, temperature = self.job.max_tokens, self.job.temperature
+        try:
+            result = train(policy, prompts, score, settings, max_tokens=tokens, temperature=temperature, seed=seed, options=options)
+        except TrainingRefused as exc:
+            if exc.field not in NOT_FINITE:
+                raise
+            kept = f"it is {options.checkpoint}" if options.checkpoint and options.checkpoint.exists() else "there is none yet"
+            raise TrainingRefused(
+                f"{exc.message} ({kept}). `plaudit train` goes on there; where it ends at the same step again, this was no passing fault: "
+                "set a smaller ppo.learning_rate, which begins another cycle about the same ratings",
+                field=exc.field,
+            ) from exc
         policy.save(folder / "policy")
         steps = [asdict(step) for step in result.steps]
         # A run that was killed between a line and its checkpoint left that line twice; now each step stands once.

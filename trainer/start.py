@@ -18,6 +18,7 @@ from trainer.cycle import CycleResult, run_cycle
 from trainer.facts import read_facts
 from trainer.labels import Progress
 from trainer.schedule import Job, LearningSettings, begin, begun, give_up, ratings_now, trained
+from trainer.stages import NOT_FINITE
 
 BY = "trainer"
 AUTOGROUP = Path("/proc/self/autogroup")
@@ -78,8 +79,9 @@ def learn(
             give_up(data_dir)
             stores.ingest()
             continue
-        except PlauditError:
-            give_up(data_dir)
+        except PlauditError as exc:
+            if exc.field not in NOT_FINITE:  # else the next try goes on with the same snapshot, at its checkpoint
+                give_up(data_dir)
             raise
         trained(unfinished.ratings, data_dir)
         return result
@@ -100,4 +102,5 @@ def _job(registry: Registry, policy: Path, asked: PolicySettings, snapshot: Path
         probes=lines_of(cycle.probes, "probes"),
         facts=read_facts(cycle.facts) if cycle.facts else [],
         stable=stable.path if stable and stable.kind == "trained" else None,
+        answered_by={record.id: record.manifest.base for record in registry.adapters()},
     )

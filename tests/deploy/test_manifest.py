@@ -155,3 +155,15 @@ def test_another_base_model_has_another_digest(tiny_policy: Path) -> None:
     assert after.weights != before.weights and after.tokenizer == before.tokenizer
     (tiny_policy / "chat_template.jinja").write_text("{{ messages }}")
     assert base_digests(tiny_policy).template != before.template
+
+
+def test_a_folder_that_is_or_holds_an_adapter_is_no_base(tiny_policy: Path, tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    _, adapter = make_adapter(tiny_policy, tmp_path / "adapters", 1)
+    shutil.copytree(tiny_policy, with_config := tmp_path / "with-config")
+    shutil.copyfile(adapter / CONFIG, with_config / CONFIG)
+    shutil.copytree(tiny_policy, with_weights := tmp_path / "with-weights")
+    shutil.copyfile(adapter / WEIGHTS, with_weights / WEIGHTS)
+    for folder, named in ((adapter, CONFIG), (with_config, CONFIG), (with_weights, WEIGHTS)):
+        with pytest.raises(InvalidInput, match=rf"holds an adapter \({named}\).*merge it into its model"):
+            base_digests(folder)
+    base_digests(tiny_policy)

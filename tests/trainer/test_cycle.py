@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,10 +11,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cycle_world import HELD_OUT, SETTINGS, make_job
+from torch import Tensor
 
 from deploy import lineage
 from deploy.config import ErasureSettings, PolicySettings
@@ -25,11 +28,13 @@ from feedback.erasure import Asker
 from feedback.errors import InvalidInput, SnapshotRedacted, TrainingRefused
 from feedback.snapshot import load
 from feedback.stores import open_stores
-from trainer import start
+from trainer import ppo, start
 from trainer.config import CycleSettings
 from trainer.cycle import CycleResult, run_cycle
+from trainer.losses import value_loss
 from trainer.policy import Policy
 from trainer.schedule import Job, begin, begun, give_up, ratings_now, should_train, trained
+from trainer.stages import NOT_FINITE
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +117,9 @@ def test_the_control_is_another_cycle_and_says_so(world: tuple[Job, Path], resul
     assert json.loads((shuffled.folder / "reward.json").read_text())["shuffled"]
     assert shuffled.adapter_id != result.adapter_id
     # Labels that say nothing leave the policy where it was; `result` shows that real ones do not.
-    ppo = json.loads((shuffled.folder / "ppo.json").read_text())
-    assert "so PPO was left out" in ppo["stopped_because"] and ppo["released"] == 0
+    ended = json.loads((shuffled.folder / "ppo.json").read_text())
+    assert "so PPO was left out" in ended["stopped_because"] and ended["released"] == 0
+    assert not (shuffled.folder / "seed-1").exists()
     assert shuffled.evaluation["kl_nats"] == pytest.approx(0.0, abs=1e-5)
 
 
@@ -131,6 +137,35 @@ def test_bad_jobs_are_refused(world: tuple[Job, Path], tmp_path: Path) -> None:
         run_cycle(replace(job, max_model_len=13), SETTINGS, tmp_path)
     with pytest.raises(InvalidInput, match=r"policy\.base"):
         run_cycle(replace(job, policy=tmp_path), SETTINGS, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_keeps_the_last_checkpoint_and_says_how_to_go_on(
+    world: tuple[Job, Path], result: CycleResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, steps = replace(world[0], policy=world[0].policy), 0
+
+    def broken(*arguments: Any, **named: Any) -> Tensor:
+        return value_loss(*arguments, **named) * (math.nan if steps == 3 else 1.0)
+
+    def count(what: str, share: float) -> None:
+        nonlocal steps
+        steps += what == "PPO"
+
+    monkeypatch.setattr(ppo, "value_loss", broken)
+    with pytest.raises(
+        TrainingRefused, match=r"(?s)in step 3.*it is .*ppo\.pt\).*`plaudit train` goes on there.*ppo\.learning_rate"
+    ) as refused:
+        run_cycle(job, SETTINGS, tmp_path, progress=count)
+    assert refused.value.field in NOT_FINITE
+    monkeypatch.undo()
+    # The fault has passed: the same cycle goes on at step 3 and ends as if nothing had been.
+    heard: list[float] = []
+    again = run_cycle(job, SETTINGS, tmp_path, progress=lambda what, share: heard.append(share) if what == "PPO" else None)
+    assert heard[0] == pytest.approx(3 / 6)
+    weights = "adapter_model.safetensors"
+    assert read_manifest(again.adapter).files[weights] == read_manifest(result.adapter).files[weights]
 
 
 def test_training_is_due_when_enough_was_said(world: tuple[Job, Path]) -> None:
