@@ -28,9 +28,11 @@ def train(
 @app.command()
 def trainer(config_path: ConfigPath = None, poll_s: Annotated[float, typer.Option(help="How often to look.")] = 5.0) -> None:
     """Runs a cycle whenever enough new ratings are there; until Ctrl-C."""
+    from trainer import metrics
     from trainer.schedule import should_train
 
     with opened(config_path, "trainer") as (settings, stores, registry):
+        metrics.serve(settings.cycle.metrics_host, settings.cycle.metrics_port)
         while True:
             stores.ingest()
             lineage.finish(stores, registry, settings.erasure)

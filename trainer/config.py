@@ -99,6 +99,10 @@ class CycleSettings(Section):
     """Added to the process's niceness, so that serving stays usable beside training."""
     threads: int = Field(default=0, ge=0)
     """Threads of torch; 0 is one for a policy below 64 MB, which loses far more to others beside it than it gains, and else torch's own."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """`plaudit trainer` answers Prometheus' `GET /metrics` on this port; 0 does not."""
+    metrics_host: str = "127.0.0.1"
+    """Address for that; the figures need no key, so another one than loopback shows them to everybody who can reach it."""
     shuffle_labels: bool = False
     """The control: ratings are shuffled, so that the candidate must not gain and must not be promoted."""
     seeds: int = Field(default=2, ge=1, le=8)

@@ -24,6 +24,7 @@ import torch
 from deploy.lineage import forget
 from deploy.manifest import base_config
 from feedback.snapshot import load as load_snapshot
+from trainer import metrics
 from trainer.labels import Progress
 from trainer.schedule import Job, LearningSettings, cycle_id
 from trainer.stages import Stages, read_json, refuse_redacted, write_json
@@ -83,7 +84,8 @@ def run_cycle(
     for name, stage in stages.items() if not (folder / "adapter.json").exists() else ():
         started = time.perf_counter()
         try:
-            stage()
+            with metrics.stage(name):
+                stage()
         finally:
             # An erasure takes the folder's files away under a running stage; then this is the error to see. It deletes what lies there
             # after it has redacted the snapshot, and we look at the snapshot after we have written, so nothing escapes both.

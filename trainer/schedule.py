@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from trainer.facts import Fact
 
 
+NO_OUTCOME = ("min_new_ratings", "niceness", "metrics_port", "metrics_host", "held_out", "probes", "facts")
+"""Settings of a cycle that only say when and how it runs, or where what stands in the job was read."""
+
+
 def code_version() -> str:
     """The installed version and a digest of the trainer's own source."""
     sha = hashlib.sha256()
@@ -37,8 +41,11 @@ class LearningSettings:
     code_version: str = field(default_factory=code_version)
 
     def as_json(self) -> dict[str, Any]:
-        """Without the code version."""
-        return {name: getattr(self, name).model_dump(mode="json") for name in ("reward_model", "ppo", "cycle")}
+        """What the outcome depends on, without the code version."""
+        sections = {name: getattr(self, name).model_dump(mode="json") for name in ("reward_model", "ppo", "cycle")}
+        for name in NO_OUTCOME:
+            del sections["cycle"][name]
+        return sections
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from feedback import files
 from feedback.errors import SnapshotRedacted, TrainingRefused
 from feedback.snapshot import Snapshot, redacted
 from trainer import facts as facts_suite
-from trainer import seeds
+from trainer import metrics, seeds
 from trainer.budget import Step
 from trainer.evaluation import Answers, Judge, Sampling, evaluate, kl_of, sample
 from trainer.held_out import foretold, held_out, length_share, likelihood_gain, unseen_raters
@@ -200,6 +200,7 @@ class Stages:
             refuse_redacted(self.snapshot, self.folder)
             with live.open("a") as file:
                 file.write(json.dumps(asdict(step)) + "\n")
+            metrics.step(seed, asdict(step))
             self.progress(what, min(1.0, step.step / settings.iterations) if settings.iterations else 1.0)
 
         options = Options(

@@ -13,6 +13,7 @@ from deploy.registry import Registry
 from feedback.errors import InvalidInput, PlauditError, SnapshotRedacted
 from feedback.snapshot import build
 from feedback.stores import Stores
+from trainer import metrics
 from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
 from trainer.cycle import CycleResult, run_cycle
 from trainer.facts import read_facts
@@ -74,7 +75,8 @@ def learn(
             unfinished = begin(snapshot.path, ratings_now(stores.archive), data_dir)
         job = _job(registry, policy, asked, unfinished.snapshot, settings.cycle)
         try:
-            result = run_cycle(job, settings, data_dir, registry=registry, by=BY, progress=progress)
+            with metrics.cycle():
+                result = run_cycle(job, settings, data_dir, registry=registry, by=BY, progress=progress)
         except SnapshotRedacted:  # somebody was erased meanwhile: begin again without them
             give_up(data_dir)
             stores.ingest()
