@@ -77,7 +77,7 @@ def total_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     reached = [p for p in parameters if p.requires_grad]
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in reached])
     dist.all_reduce(flat)
-    for p, grad in zip(reached, flat.split([p.numel() for p in reached]), strict=True):
+    for p, grad in zip(reached, torch.split(flat, [p.numel() for p in reached]), strict=True):
         p.grad = grad.view_as(p).clone()
 
 
