@@ -1,0 +1,246 @@
+"""Our PPO beside TRL 1.12's, the last that had one, and our RLOO beside TRL 1.16's.
+
+    make bench-ppo              about 3 hours on two idle cores; finished processes are kept, so an interrupted run goes on
+    ONLY=speed make bench-ppo   the first half alone; ONLY=target the second
+    QUICK=1 make bench-ppo      one iteration of each on the concierge: shows that it runs, concludes nothing
+
+Same model, adapter (rank, alpha, all linear layers, the very same first weights), prompts, seeds, reward, episodes, epochs, minibatch,
+clip, gamma, lambda, temperature, tokens and threads. Each contestant is a process of its own, in alternation, and measures its memory from
+after its imports. What stays as each has it: TRL's KL coefficient (0.05) and value coefficient (0.1), our controller and critic.
+
+Speed is measured on SmolLM2, three iterations a process. Then the concierge's hidden preference is the reward, and the figure is the time until
+the mean of two iterations' replies is TARGET sd better than the base's; the learning rate is tuned for each contestant on other worlds. The
+control is our PPO with the rewards of an iteration's replies exchanged: it must not get there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from benchmarks.harness import Report, quick
+from benchmarks.peers import run, trl
+from examples import load
+from examples.base import Example
+from trainer.evaluation import Sampling, sample
+from trainer.policy import Policy
+
+PPO_VERSION, RLOO_VERSION = "1.12.0", "1.16.0"
+THREADS = 2
+ROUNDS = 2
+"""Processes of each contestant, the second time in the opposite order."""
+ITERATIONS, MAX_ITERATIONS = 3, 24
+TARGET = 1.0
+"""In sd of the base's answers to one prompt."""
+RATES = (3e-4, 1e-3, 3e-3)
+TUNING_WORLDS, WORLDS = range(40, 42), range(50, 55)
+"""Worlds that nothing else in this repository looks at; each is its run's seed, too."""
+BASE_ANSWERS = 8
+"""To each prompt; their mean is its zero."""
+GROUP = 4
+"""Replies to one prompt that are each other's baseline in RLOO."""
+SHAPES: dict[str, dict[str, object]] = {
+    "smollm2": {"rollouts": 32, "minibatch": 16, "pad_token": "<|endoftext|>", "learning_rate": 3e-4},
+    "concierge": {"rollouts": 128, "minibatch": 32, "pad_token": "<pad>", "learning_rate": 1e-3},
+}
+SAME: dict[str, object] = {"rank": 8, "alpha": 16, "epochs": 2, "clip": 0.2, "gae_lambda": 0.95, "kl_coef": 0.05, "group": GROUP}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One program and how it is told."""
+
+    module: str
+    settings: dict[str, object] = field(default_factory=dict)
+    version: str | None = None
+    """Of TRL; None is ours."""
+
+    @property
+    def python(self) -> Path:
+        return Path(sys.executable) if self.version is None else trl(self.version)
+
+
+CONTESTANTS = {
+    "TRL PPO": Contestant("trl_ppo", {"value": "full"}, PPO_VERSION),
+    "TRL PPO, LoRA value model": Contestant("trl_ppo", {"value": "lora"}, PPO_VERSION),
+    "ours, adapter critic": Contestant("ours_ppo", {"critic": "adapter"}),
+    "ours, head critic": Contestant("ours_ppo", {"critic": "head"}),
+    "TRL RLOO": Contestant("trl_rloo", {}, RLOO_VERSION),
+    "our RLOO": Contestant("ours_ppo", {"algorithm": "rloo", "samples_per_prompt": GROUP}),
+}
+CONTROL = "ours, head critic"
+
+
+@cache
+def base_answers() -> dict[str, list[tuple[str, bool]]]:
+    """What the concierge answers before it has learned anything, to each prompt; (text, finished)."""
+    example = load("concierge")
+    policy = Policy.load(example.policy_dir(Path("data")))
+    how = Sampling(example.system_prompt, example.temperature, example.max_tokens, BASE_ANSWERS, seed=0)
+    found = [(policy.decode(reply.tokens), reply.finished) for reply in sample(policy, example.prompts, how, reference=True)]
+    return {prompt: found[index * BASE_ANSWERS : (index + 1) * BASE_ANSWERS] for index, prompt in enumerate(example.prompts)}
+
+
+def task(example: Example, seed: int, folder: Path) -> dict[str, object]:
+    """What all contestants are told about an example: the model, the first adapter, the prompts as text and as tokens."""
+    path = example.policy_dir(Path("data")).resolve()
+    policy = Policy.load(path, seed=seed)
+    policy.save(folder / f"adapter-{example.name}-{seed}")
+    turns = [[{"role": "user", "content": text}] for text in example.prompts]
+    if example.system_prompt:
+        turns = [[{"role": "system", "content": example.system_prompt}, *turn] for turn in turns]
+    return {
+        "model": str(path),
+        "adapter": str(folder / f"adapter-{example.name}-{seed}"),
+        "asked": example.prompts,
+        "texts": [policy.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns],
+        "prompts": [list(policy.encode(turn)) for turn in turns],
+        "temperature": example.temperature,
+        "max_tokens": example.max_tokens,
+        "seed": seed,
+        "base_answers": base_answers() if example.name == "concierge" else {},
+        **SHAPES[example.name],
+        **SAME,
+    }
+
+
+class Runs:
+    """Starts contestants, each in a process of its own, and keeps what they measured."""
+
+    def __init__(self, report: Report, folder: Path) -> None:
+        self.report, self.folder = report, folder
+
+    def __call__(self, name: str, policy: str, seed: int, world: int | None = None, **told: object) -> dict[str, Any]:
+        about = {"contestant": name, "policy": policy, "seed": seed, "world": world, **told}
+
+        def compute() -> dict[str, Any]:
+            contestant = CONTESTANTS[name]
+            base = {"target": None, **task(load(policy, seed), seed, self.folder), "world": world, "settings": contestant.settings}
+            return run(contestant.python, contestant.module, {**base, **{k: v for k, v in told.items() if k != "round"}}, THREADS)
+
+        found = self.report.cells.get(about, compute)
+        self.report.say(f"{about}: {found['work_s']:.0f} s for {len(found['iterations'])} iterations, {found['memory_mb']:.0f} MB")
+        return found
+
+
+def summary(runs: list[dict[str, Any]], rollouts: int) -> dict[str, float]:
+    """Of a contestant's processes: samples a second, seconds of an iteration's stages, peak memory above the imports."""
+    iterations = [row for each in runs for row in each["iterations"]]
+    stages = {name: fmean(row.get(name, 0.0) for row in iterations) for name in ("generate_s", "score_s", "train_s", "reply_tokens", "score")}
+    return {
+        "samples_per_s": median(rollouts * len(each["iterations"]) / each["work_s"] for each in runs),
+        "memory_mb": max(each["memory_mb"] for each in runs),
+        "trainable": runs[0]["trainable"],
+        "parameters": runs[0]["parameters"],
+        **stages,
+    }
+
+
+def speed(runs: Runs) -> dict[str, dict[str, float]]:
+    """Every contestant's summary, on SmolLM2; a quick run's is the concierge's and concludes nothing."""
+    policy, rounds, iterations = ("concierge", 1, 1) if quick() else ("smollm2", ROUNDS, ITERATIONS)
+    world = TUNING_WORLDS[0] if quick() else None
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
+    for turn in range(rounds):
+        for name in list(CONTESTANTS)[:: -1 if turn % 2 else 1]:
+            found[name].append(runs(name, policy, turn, world, iterations=iterations, round=turn))
+    rollouts = SHAPES[policy]["rollouts"]
+    assert isinstance(rollouts, int)
+    return {name: summary(each, rollouts) for name, each in found.items()}
+
+
+def until_target(runs: Runs, name: str, rate: float, worlds: range, **told: object) -> Iterator[tuple[float, dict[str, Any]]]:
+    """(seconds until the target, the run) in each world; infinite where the target was not reached."""
+    for world in worlds:
+        one = runs(name, "concierge", world, world, learning_rate=rate, iterations=MAX_ITERATIONS, target=TARGET, **told)
+        yield (one["work_s"] if one["reached"] else float("inf")), one
+
+
+def to_target(runs: Runs) -> dict[str, dict[str, object]]:
+    """For every contestant the learning rate that was fastest on the tuning worlds, and its seconds to the target on the others."""
+    found: dict[str, dict[str, object]] = {}
+    rates: dict[str, float] = {}
+    for name in CONTESTANTS:
+        tuned = {rate: fmean(seconds for seconds, _ in until_target(runs, name, rate, TUNING_WORLDS)) for rate in RATES}
+        rates[name] = min(tuned, key=lambda rate: (tuned[rate], -rate))
+        found[name] = {"learning_rate": rates[name], "tuning_s": {str(rate): shown(seconds) for rate, seconds in tuned.items()}}
+    # One world after the other, so that contestants alternate.
+    by_world = {world: {name: next(until_target(runs, name, rates[name], range(world, world + 1))) for name in CONTESTANTS} for world in WORLDS}
+    for name in CONTESTANTS:
+        seconds = [each[name][0] for each in by_world.values()]
+        last = [each[name][1]["iterations"][-1] for each in by_world.values()]
+        found[name] |= {
+            "seconds": [shown(s) for s in seconds],
+            "median_s": shown(median(seconds)),
+            "reached": sum(s < float("inf") for s in seconds),
+            "iterations": [len(each[name][1]["iterations"]) for each in by_world.values()],
+            "kl_nats": [row.get("kl_nats") for row in last],
+        }
+    return found
+
+
+def shown(seconds: float) -> float | None:
+    """For JSON, which has no infinity."""
+    return None if seconds == float("inf") else round(seconds, 1)
+
+
+def over(one: object, other: object) -> float | None:
+    """one / other, where both are known."""
+    return one / other if isinstance(one, float) and isinstance(other, float) else None
+
+
+def check_speed(report: Report, found: Mapping[str, Mapping[str, float]]) -> None:
+    loose = quick()
+    trl_ppo, trl_rloo = found["TRL PPO"], found["TRL RLOO"]
+    adapter, head, rloo = found["ours, adapter critic"], found["ours, head critic"], found["our RLOO"]
+    bounds = (("samples/s, adapter critic, the same algorithm", adapter, 1.2), ("samples/s, head critic, another algorithm", head, 1.8))
+    for what, ours, bound in bounds:
+        report.check(f"{what}, over TRL's PPO", ours["samples_per_s"] / trl_ppo["samples_per_s"], at_least=0.0 if loose else bound)
+    for what, ours in (("adapter critic", adapter), ("head critic", head)):
+        ratio = ours["memory_mb"] / trl_ppo["memory_mb"]
+        report.check(f"peak memory above the imports, {what}, over TRL's PPO", ratio, at_most=10.0 if loose else 0.5)
+    report.check("samples/s, our RLOO over TRL's", rloo["samples_per_s"] / trl_rloo["samples_per_s"], at_least=0.0 if loose else 1.2)
+    report.check("peak memory above the imports, our RLOO over TRL's", rloo["memory_mb"] / trl_rloo["memory_mb"], at_most=10.0 if loose else 1.0)
+
+
+def check_target(report: Report, runs: Runs, found: Mapping[str, Mapping[str, object]]) -> None:
+    for name in ("ours, adapter critic", "ours, head critic"):
+        report.check(f"worlds of {len(WORLDS)} whose target was reached, {name}", float(str(found[name]["reached"])), at_least=len(WORLDS))
+        report.check(f"seconds to the target, TRL's PPO over {name}", over(found["TRL PPO"]["median_s"], found[name]["median_s"]), at_least=1.0)
+    rate = found[CONTROL]["learning_rate"]
+    assert isinstance(rate, float)
+    exchanged = [seconds for seconds, _ in until_target(runs, CONTROL, rate, WORLDS, shuffle_reward=True)]
+    report.control("our PPO with the rewards of replies exchanged does not reach the target", caught=all(s == float("inf") for s in exchanged))
+
+
+def main() -> int:
+    only = os.environ.get("ONLY", "")
+    report = Report("ppo" if not only else f"ppo-{only}", seed=0, rooms=("trainer", "examples/concierge", "benchmarks/peers"))
+    figures: dict[str, object] = {"trl_ppo": PPO_VERSION, "trl_rloo": RLOO_VERSION, "threads": THREADS, "target_sd": TARGET}
+    with tempfile.TemporaryDirectory() as name:
+        runs = Runs(report, Path(name))
+        if only != "target":
+            by_name = speed(runs)
+            figures["speed"] = by_name
+            check_speed(report, by_name)
+        if quick() or only == "speed":
+            # The control that costs no training: a process that sleeps as long as it works must look slower.
+            slowed = runs(CONTROL, "concierge", 0, TUNING_WORLDS[0], iterations=1, slow=1.0)
+            plain = runs(CONTROL, "concierge", 0, TUNING_WORLDS[0], iterations=1, slow=0.0)
+            report.control("the same run, slept half of the time, is told from itself", caught=slowed["work_s"] > 1.5 * plain["work_s"])
+        else:
+            targets = to_target(runs)
+            figures["to_target"] = targets
+            check_target(report, runs, targets)
+    return report.finish(figures)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
