@@ -27,3 +27,13 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, la
         following_B = (delta_B + gamma * lam * following_B) * mask_BT[:, t]
         advantages_BT[:, t] = following_B
     return advantages_BT, (advantages_BT + values_BT) * mask_BT
+
+
+def leave_one_out(rewards_B: Tensor, samples: int) -> Tensor:
+    """RLOO's advantages (Ahmadian et al. 2024), B: each reward minus the mean of the other samples of its prompt.
+
+    Neighbours are samples of one prompt, `samples` each. A prompt's advantages sum to 0.
+    """
+    rewards_PK = rewards_B.view(-1, samples)
+    others_PK = (rewards_PK.sum(1, keepdim=True) - rewards_PK) / (samples - 1)
+    return (rewards_PK - others_PK).flatten()

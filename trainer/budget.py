@@ -13,7 +13,7 @@ from torch import Tensor
 from feedback import files
 from feedback.errors import TrainingRefused
 from trainer.config import PPOSettings
-from trainer.critic import Critic
+from trainer.critic import CRITIC, Critic
 from trainer.policy import Policy
 
 
@@ -133,16 +133,18 @@ class Run:
         policy.restore(self.good[1])
         return Result(self.steps, self.good[0], self.reason, self.target)
 
-    def save(self, path: Path | None, policy: Policy, critic: Critic, optimiser: torch.optim.Optimizer) -> None:
+    def save(self, path: Path | None, policy: Policy, critic: Critic | None, optimiser: torch.optim.Optimizer) -> None:
         if path is None:
             return
         mine = {"identity": self.identity, "beta": self.beta, "target": self.target, "good": self.good, "best_stop": self.best_stop}
-        state = {"adapter": policy.state(), "critic": critic.state_dict(), "optimiser": optimiser.state_dict(), **mine}
+        adapters = policy.state() | policy.state(CRITIC)
+        head = None if critic is None else critic.state_dict()
+        state = {"adapters": adapters, "critic": head, "optimiser": optimiser.state_dict(), **mine}
         buffer = io.BytesIO()
         torch.save(state | {"steps": [asdict(step) for step in self.steps]}, buffer)
         files.replace(path, buffer.getvalue())
 
-    def resume(self, path: Path | None, policy: Policy, critic: Critic, optimiser: torch.optim.Optimizer) -> bool:
+    def resume(self, path: Path | None, policy: Policy, critic: Critic | None, optimiser: torch.optim.Optimizer) -> bool:
         if path is None or not path.is_file():
             return False
         state: dict[str, Any] = torch.load(path, weights_only=True)
@@ -150,8 +152,9 @@ class Run:
             raise TrainingRefused(
                 f"checkpoint {path.name}: it belongs to another run (settings, seed or prompts differ); remove it", field="checkpoint"
             )
-        policy.restore(state["adapter"])
-        critic.load_state_dict(state["critic"])
+        policy.restore(state["adapters"])
+        if critic is not None:
+            critic.load_state_dict(state["critic"])
         optimiser.load_state_dict(state["optimiser"])
         self.beta, self.target, self.good, self.best_stop = (state[name] for name in ("beta", "target", "good", "best_stop"))
         self.steps = [Step(**step) for step in state["steps"]]

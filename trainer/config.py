@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from feedback.config import Section
 
@@ -44,6 +44,12 @@ class RewardModelSettings(Section):
 class PPOSettings(Section):
     """PPO for a LoRA adapter of some ten iterations."""
 
+    algorithm: Literal["ppo", "rloo"] = "ppo"
+    """`ppo` judges every token by a critic, `rloo` a whole reply by the other samples of its prompt, without a critic."""
+    critic: Literal["head", "adapter"] = "head"
+    """`head` reads the policy's states; `adapter` has a LoRA adapter of its own for replies beyond 200 tokens, at a pass more each."""
+    rloo_samples: int = Field(default=4, ge=2)
+    """Samples of each prompt with `rloo`; `rollouts` must be a multiple."""
     rank: int = Field(default=8, ge=1)
     """Of the adapter."""
     alpha: int = Field(default=16, ge=1)
@@ -61,7 +67,7 @@ class PPOSettings(Section):
     learning_rate: float = Field(default=3e-4, gt=0)
     """Of the adapter."""
     critic_learning_rate: float = Field(default=1e-3, gt=0)
-    """Of the value head."""
+    """Of the value head and the critic's adapter."""
     clip: float = Field(default=0.2, gt=0)
     """Of the ratio and of the value."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
@@ -73,9 +79,15 @@ class PPOSettings(Section):
     patience: int = Field(default=3, ge=1)
     """Iterations whose mean score by the other raters' reward model is compared with the best such mean; a fall beyond noise stops."""
     unfinished_penalty: float = Field(default=0.0, ge=0)
-    """Taken from the score of a reply that was cut off; more than 0 also moves the control with shuffled labels."""
+    """Subtracted from the score of a reply that was cut off, not put in its place; above 0 also moves the control with shuffled labels."""
     importance_cap: float = Field(default=2.0, ge=1)
     """Cap of the importance weights where another engine sampled."""
+
+    @model_validator(mode="after")
+    def _whole_prompts(self) -> Self:
+        if self.algorithm == "rloo" and self.rollouts % self.rloo_samples:
+            raise ValueError(f"ppo.rollouts is {self.rollouts}, with rloo it must be a multiple of ppo.rloo_samples ({self.rloo_samples})")
+        return self
 
 
 class CycleSettings(Section):

@@ -1,11 +1,14 @@
 """PPO for a LoRA adapter, from top to bottom in the papers' names (Schulman et al. 2017, Ziegler et al. 2019).
 
 One iteration: sample replies; one adapter-off pass for the reference's log-probabilities and the reward's features;
-one adapter-on pass for the old log-probabilities and the critic's states; scores; rewards with a KL penalty; GAE;
+one adapter-on pass for the old log-probabilities and the critic's values; scores; rewards with a KL penalty; advantages;
 a few epochs of clipped updates. The KL controller steers towards a budget, and the adapter that is released is one
 whose KL was measured within it.
 
-Shapes: B replies of an iteration, T tokens of the longest, D the backbone's width.
+RLOO (Ahmadian et al. 2024) is the same path with one action a reply instead of one a token, and the other samples of its
+prompt instead of a critic.
+
+Shapes: B replies of an iteration, T tokens of the longest, A actions (T, or 1 with RLOO), D the backbone's width.
 """
 
 from __future__ import annotations
@@ -20,28 +23,17 @@ import torch
 from torch import Tensor
 
 from feedback.errors import TrainingRefused
-from trainer.advantages import gae, token_rewards
+from trainer.advantages import gae, leave_one_out, token_rewards
 from trainer.budget import Result, Run, Step
 from trainer.config import PPOSettings
-from trainer.critic import Critic
+from trainer.critic import Critic, Warmup
 from trainer.losses import explained_variance, importance_weights, k1, masked_whiten, policy_loss, value_loss
-from trainer.policy import GROUP_TOKENS, Policy
+from trainer.policy import Policy
 from trainer.reply import Reply, by_tokens
 from trainer.rollouts import LocalRollouts, Rollouts
 
-WARMUP_REPLIES = 64
-"""Replies that the critic starts from: more would cost a big policy half a minute."""
-
 Score = Callable[[list[Reply], Tensor], Tensor]
 """(replies, features_BD) -> scores_B. A reward model reads the features, a known preference decodes the replies."""
-
-
-@dataclass(frozen=True)
-class Warmup:
-    """Scored replies of the reference, from which the critic starts."""
-
-    replies: list[Reply]
-    scores_B: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,6 +50,22 @@ class Options:
     """Written after every iteration."""
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What the epochs of an iteration learn from; `values_BT` and `returns_BT` are the critic's."""
+
+    replies: list[Reply]
+    old_BA: Tensor
+    advantages_BA: Tensor
+    actions_BA: Tensor
+    """1 on real actions."""
+    weights_BA: Tensor | None
+    """Truncated importance weights where another engine sampled."""
+    mask_BT: Tensor
+    values_BT: Tensor
+    returns_BT: Tensor
+
+
 def train(
     policy: Policy,
     prompts: Sequence[tuple[int, ...]],
@@ -71,52 +79,56 @@ def train(
 ) -> Result:
     """Improve the policy's adapter in place. Resumes from `options.checkpoint` where it exists, bit-equal on a CPU.
 
-    Raises TrainingRefused on a loss that is not finite (naming the step; the last checkpoint is kept) and on no prompts.
+    Raises TrainingRefused on no prompts, and on a score, loss or gradient that is not finite (naming step and minibatch; the last
+    checkpoint is kept).
     """
     options = options or Options()
     if not prompts:
         raise TrainingRefused("PPO: 0 prompts, at least 1 is needed", field="prompts")
     rollouts = options.rollouts or LocalRollouts(policy)
-    critic = Critic(policy.hidden_size)
-    optimiser = torch.optim.AdamW(
-        [{"params": policy.parameters, "lr": settings.learning_rate}, {"params": critic.parameters(), "lr": settings.critic_learning_rate}],
-        eps=1e-5,
-        weight_decay=0.0,
-    )
+    rloo = settings.algorithm == "rloo"
+    samples = settings.rloo_samples if rloo else 1
+    rank = settings.rank if settings.critic == "adapter" else 0
+    critic = None if rloo else Critic(policy, rank=rank, alpha=settings.alpha, seed=seed + 1)
+    groups = [{"params": policy.parameters, "lr": settings.learning_rate}]
+    if critic is not None:
+        groups.append({"params": [*critic.parameters(), *critic.adapter], "lr": settings.critic_learning_rate})
+    optimiser = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
     # A digest, because a checkpoint must not hold what people wrote.
     run = Run(settings, hashlib.sha256(repr((list(prompts), max_tokens, temperature, seed)).encode()).hexdigest())
     resumed = run.resume(options.checkpoint, policy, critic, optimiser)
-    if not resumed and options.warmup is not None:
-        _warm_up(critic, policy, options.warmup)
+    if not resumed and critic is not None and options.warmup is not None:
+        critic.warm_up(options.warmup, optimiser, settings.minibatch, settings.microbatch_tokens)
 
     for step in range(run.next_step, settings.iterations + 1):
         # --- rollouts -------------------------------------------------------------------------------------------------
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        drawn = torch.randperm(len(prompts) * (1 + settings.rollouts // len(prompts)), generator=generator)[: settings.rollouts]
-        batch = [prompts[int(i) % len(prompts)] for i in drawn]
+        count = settings.rollouts // samples
+        drawn = torch.randperm(len(prompts) * (1 + count // len(prompts)), generator=generator)[:count]
+        batch = [prompts[int(i) % len(prompts)] for i in drawn for _ in range(samples)]
         sampled = rollouts.sample(batch, max_tokens=max_tokens, temperature=temperature, seed=seed * 1_000_003 + step)
         replies = sampled.replies
         generated = time.perf_counter()
 
         # --- reference, reward and values -----------------------------------------------------------------------------
         # All of them go through the model in the first epoch's groups: its first ratio is then exactly 1, and a fresh adapter's KL 0.
-        first_epoch = _minibatches(torch.arange(len(replies)), replies, settings)
-        groups = [micro for minibatch in first_epoch for micro in minibatch]
-        reference_BT, mask_BT, features_BD = policy.reference_pass(replies, temperature, groups)
-        old_BT, _, values_BT, _ = policy.passes(replies, temperature, groups, lambda some, states_BTD: critic(states_BTD))
+        minibatches = _minibatches(torch.arange(len(replies)), replies, settings)
+        passes = [micro for minibatch in minibatches for micro in minibatch]
+        reference_BT, mask_BT, features_BD = policy.reference_pass(replies, temperature, passes)
+        old_BT, _, values_BT, _ = policy.passes(replies, temperature, passes, critic)
         finished_B = torch.tensor([float(reply.finished) for reply in replies])
         scores_B = score(replies, features_BD).float() - settings.unfinished_penalty * (1 - finished_B)
         if not torch.isfinite(scores_B).all():
             raise TrainingRefused(f"PPO: a score is not finite in step {step}; the last checkpoint is kept", field="score")
         stop_score = float(options.stop_score(replies, features_BD).mean()) if options.stop_score else None
-        kl_B = (k1(old_BT, reference_BT) * mask_BT).sum(1)
+        kl_BT = k1(old_BT, reference_BT) * mask_BT
         scored = time.perf_counter()
         measured = Step(
             step=step,
             score=float(scores_B.mean()),
             stop_score=stop_score,
-            kl_nats=float(kl_B.mean()),
+            kl_nats=float(kl_BT.sum(1).mean()),
             beta=run.beta_for(float(mask_BT.sum(1).mean())),
             reply_tokens=float(mask_BT.sum(1).mean()),
             finished=float(finished_B.mean()),
@@ -129,33 +141,27 @@ def train(
             break
 
         # --- advantages -----------------------------------------------------------------------------------------------
-        rewards_BT = token_rewards(scores_B, k1(old_BT, reference_BT), mask_BT, measured.beta)
-        advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, 1.0, settings.gae_lambda)
-        advantages_BT = masked_whiten(advantages_BT, mask_BT)
-        weights_BT = None
+        rewards_BT = token_rewards(scores_B, kl_BT, mask_BT, measured.beta)
+        if rloo:
+            actions_BA, old_BA, returns_BT = torch.ones(len(replies), 1), old_BT.sum(1, keepdim=True), rewards_BT
+            advantages_BA = leave_one_out(rewards_BT.sum(1), samples)[:, None]
+        else:
+            actions_BA, old_BA = mask_BT, old_BT
+            advantages_BA, returns_BT = gae(rewards_BT, values_BT, mask_BT, 1.0, settings.gae_lambda)
+        weights_BA = None
         if sampled.behaviour_BT is not None:
-            weights_BT = importance_weights(old_BT, sampled.behaviour_BT, settings.importance_cap)
+            behaviour_BA = sampled.behaviour_BT.sum(1, keepdim=True) if rloo else sampled.behaviour_BT
+            weights_BA = importance_weights(old_BA, behaviour_BA, settings.importance_cap)
+        whitened_BA = masked_whiten(advantages_BA, actions_BA)
+        learnt = Batch(replies, old_BA, whitened_BA, actions_BA, weights_BA, mask_BT, values_BT, returns_BT)
 
         # --- epochs of clipped updates --------------------------------------------------------------------------------
         logged: list[dict[str, float]] = []
         for epoch in range(settings.epochs):
             order = torch.randperm(len(replies), generator=generator)
-            for minibatch in first_epoch if epoch == 0 else _minibatches(order, replies, settings):
-                tokens = mask_BT[[i for micro in minibatch for i in micro]].sum()
-                for micro in minibatch:
-                    some = [replies[i] for i in micro]
-                    states, mask, _ = policy.hidden(some)
-                    width = mask.shape[1]
-                    logprobs = policy.token_logprobs(states, mask, some, temperature)
-                    weights = None if weights_BT is None else weights_BT[micro, :width]
-                    pi = policy_loss(logprobs, old_BT[micro, :width], advantages_BT[micro, :width], mask, settings.clip, weights)
-                    v = value_loss(critic(states), values_BT[micro, :width], returns_BT[micro, :width], mask, settings.clip)
-                    loss = (pi.loss + v) * mask.sum() / tokens
-                    if not torch.isfinite(loss):
-                        raise TrainingRefused(f"PPO: the loss is {loss.item()} in step {step}; the last checkpoint is kept", field="loss")
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    logged.append({name: float(value.detach()) for name, value in pi._asdict().items()} | {"value_loss": float(v.detach())})
-                torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
+            for i, minibatch in enumerate(minibatches if epoch == 0 else _minibatches(order, replies, settings)):
+                where = f"step {step}, epoch {epoch}, minibatch {i}"
+                logged.append(_update(policy, critic, learnt, minibatch, temperature, settings.clip, where))
                 optimiser.step()
                 optimiser.zero_grad()
 
@@ -165,7 +171,7 @@ def train(
             | {name: sum(row[name] for row in logged) / len(logged) for name in ("ratio", "clipfrac", "approx_kl", "value_loss")}
             | {
                 "first_ratio_deviation": logged[0]["ratio_deviation"],
-                "explained_variance": float(explained_variance(values_BT, returns_BT, mask_BT)),
+                "explained_variance": 0.0 if rloo else float(explained_variance(values_BT, returns_BT, mask_BT)),
                 "train_s": time.perf_counter() - scored,
             }
         )
@@ -176,18 +182,48 @@ def train(
     return run.result(policy)
 
 
+def _update(
+    policy: Policy, critic: Critic | None, batch: Batch, minibatch: list[list[int]], temperature: float, clip: float, where: str
+) -> dict[str, float]:
+    """Gradients of one minibatch and what to look at: sums over its groups, each loss a sum over actions divided by all of its actions.
+
+    So neither the cut into groups nor the process that takes one changes the gradient: processes that share the groups out add up here.
+    """
+    rows = [i for micro in minibatch for i in micro]
+    actions, tokens = batch.actions_BA[rows].sum(), batch.mask_BT[rows].sum()
+    seen = dict.fromkeys(("ratio", "clipfrac", "approx_kl", "value_loss", "ratio_deviation"), 0.0)
+    for micro in minibatch:
+        some = [batch.replies[i] for i in micro]
+        states, mask, _ = policy.hidden(some)
+        width = mask.shape[1]
+        logprobs = policy.token_logprobs(states, mask, some, temperature)
+        if batch.old_BA.shape[1] < batch.mask_BT.shape[1]:
+            logprobs = logprobs.sum(1, keepdim=True)
+        old, advantages, real = (x[micro, :width] for x in (batch.old_BA, batch.advantages_BA, batch.actions_BA))
+        weights = None if batch.weights_BA is None else batch.weights_BA[micro, :width]
+        pi = policy_loss(logprobs, old, advantages, real, clip, weights)
+        share = real.sum() / actions
+        _backward(pi.loss * share, where)
+        for name in ("ratio", "clipfrac", "approx_kl"):
+            seen[name] += float(getattr(pi, name).detach() * share)
+        seen["ratio_deviation"] = max(seen["ratio_deviation"], float(pi.ratio_deviation))
+        if critic is not None:  # after the policy's, so that only one pass's activations exist
+            v = value_loss(critic(some, states), batch.values_BT[micro, :width], batch.returns_BT[micro, :width], mask, clip)
+            _backward(v * mask.sum() / tokens, where)
+            seen["value_loss"] += float(v.detach() * mask.sum() / tokens)
+    for parameters in (policy.parameters, [] if critic is None else critic.adapter):
+        if not torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, 1.0)):
+            raise TrainingRefused(f"PPO: a gradient is not finite in {where}; the last checkpoint is kept", field="loss")
+    return seen
+
+
+def _backward(loss: Tensor, where: str) -> None:
+    if not torch.isfinite(loss):
+        raise TrainingRefused(f"PPO: the loss is {loss.item()} in {where}; the last checkpoint is kept", field="loss")
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
 def _minibatches(order: Tensor, replies: Sequence[Reply], settings: PPOSettings) -> list[list[list[int]]]:
     """Minibatches in this order, each cut into groups of similar length whose activations exist at once."""
     parts = [order[start : start + settings.minibatch].tolist() for start in range(0, len(order), settings.minibatch)]
     return [[[part[i] for i in group] for group in by_tokens([replies[i] for i in part], settings.microbatch_tokens)] for part in parts]
-
-
-@torch.no_grad()
-def _warm_up(critic: Critic, policy: Policy, warmup: Warmup) -> None:
-    """Start the critic where the reference's score is expected, at every token of its replies."""
-    states, returns = [], []
-    for group in by_tokens(warmup.replies[:WARMUP_REPLIES], GROUP_TOKENS):
-        states_BTD, mask_BT, _ = policy.hidden([warmup.replies[i] for i in group])
-        states.append(states_BTD[mask_BT.bool()])
-        returns.append(warmup.scores_B[group].float().repeat_interleave(mask_BT.sum(1).long()))
-    critic.fit(torch.cat(states), torch.cat(returns))

@@ -23,11 +23,12 @@ from feedback.snapshot import Snapshot, redacted
 from trainer import facts as facts_suite
 from trainer import metrics, seeds
 from trainer.budget import Step
+from trainer.critic import Warmup
 from trainer.evaluation import Answers, Judge, Sampling, evaluate, kl_of, sample
 from trainer.held_out import foretold, held_out, length_share, likelihood_gain, unseen_raters
 from trainer.labels import Labels, Progress, features_of, from_snapshot
 from trainer.policy import Policy
-from trainer.ppo import Options, Warmup, train
+from trainer.ppo import Options, train
 from trainer.reply import Reply
 from trainer.reward_model import fit, load
 from trainer.ridge import CrossFit, cross_validate

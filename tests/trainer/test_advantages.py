@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.advantages import gae, token_rewards
+from trainer.advantages import gae, leave_one_out, token_rewards
 
 MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
 
@@ -42,3 +42,11 @@ def test_padding_changes_nothing() -> None:
     assert padded[:, :2].tolist() == plain.tolist()
     assert padded_returns[:, :2].tolist() == plain_returns.tolist()
     assert padded[0, 2].item() == 0.0
+
+
+def test_leave_one_out_by_hand() -> None:
+    # 1 - (2 + 6) / 2 = -3; 2 - 7 / 2 = -1.5; 6 - 3 / 2 = 4.5; equal samples of the second prompt teach nothing
+    rewards = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
+    assert leave_one_out(rewards, 3).tolist() == pytest.approx([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0], abs=1e-5)
+    assert leave_one_out(-rewards, 3)[0].item() == pytest.approx(3.0, abs=1e-5)
+    assert leave_one_out(torch.tensor([1.0, 4.0]), 2).tolist() == pytest.approx([-3.0, 3.0], abs=1e-5)

@@ -68,6 +68,13 @@ def test_importance_weights_are_a_separate_factor() -> None:
     assert policy_loss(NEW, OLD, ADVANTAGES, MASK, 0.2, weights).loss.item() == pytest.approx(-2.2, abs=1e-5)
 
 
+def test_a_reply_as_one_action_by_hand() -> None:
+    # RLOO: the ratio of the whole reply is 1.5·0.5 = 0.75; A = -2: max(1.5, 2·0.8) = 1.6
+    out = policy_loss((NEW * MASK).sum(1, keepdim=True), (OLD * MASK).sum(1, keepdim=True), torch.tensor([[-2.0]]), torch.ones(1, 1), 0.2)
+    assert out.loss.item() == pytest.approx(1.6, abs=1e-5)
+    assert out.ratio.item() == pytest.approx(0.75, abs=1e-5)
+
+
 def test_value_loss_by_hand() -> None:
     values, old, returns = torch.tensor([[1.0, 0.0, 9.0]]), torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[2.0, 1.0, 0.0]])
     # token 1: max((1 - 2)^2, (0.2 - 2)^2) = 3.24; token 2: 1; half of the mean: 1.06

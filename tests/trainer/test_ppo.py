@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from trainer_world import tiny_policy
 
 from feedback.errors import TrainingRefused
 from trainer.budget import Result, Run, Step, kl_budget
 from trainer.config import PPOSettings
+from trainer.critic import Warmup
+from trainer.losses import PolicyLoss, policy_loss
 from trainer.policy import Policy
-from trainer.ppo import Options, Score, Warmup, train
+from trainer.ppo import Options, Score, train
 from trainer.reply import Reply
 
 PROMPTS = [(2, i, i + 1, 3) for i in range(6, 26)]
@@ -76,9 +80,19 @@ def test_the_backbone_is_untouched(folder: Path) -> None:
     assert all(torch.equal(value, after[name]) and after[name].grad is None for name, value in before.items())
 
 
-def test_a_killed_run_goes_on_bit_equal(folder: Path, tmp_path: Path) -> None:
-    whole = Policy.load(folder)
-    expected = run(whole, FAST, stop_score=low_words)
+KINDS = {"head": FAST, "adapter": FAST.model_copy(update={"critic": "adapter"}), "rloo": FAST.model_copy(update={"algorithm": "rloo"})}
+
+
+def base_scores(policy: Policy) -> Warmup:
+    replies = policy.sample(PROMPTS[:8], max_tokens=8, temperature=0.7, seed=5)
+    return Warmup(replies, low_words(replies, torch.empty(0)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_goes_on_bit_equal(folder: Path, tmp_path: Path, kind: str) -> None:
+    settings, whole = KINDS[kind], Policy.load(folder)
+    warmup = base_scores(whole)
+    expected = run(whole, settings, stop_score=low_words, warmup=warmup)
 
     class Killed(Exception):
         pass
@@ -89,12 +103,104 @@ def test_a_killed_run_goes_on_bit_equal(folder: Path, tmp_path: Path) -> None:
 
     path = tmp_path / "ppo.pt"
     with pytest.raises(Killed):
-        run(Policy.load(folder), FAST, stop_score=low_words, checkpoint=path, on_step=kill)
+        run(Policy.load(folder), settings, stop_score=low_words, warmup=warmup, checkpoint=path, on_step=kill)
     resumed = Policy.load(folder)
-    result = run(resumed, FAST, stop_score=low_words, checkpoint=path)
-    assert [(s.score, s.kl_nats, s.beta, s.approx_kl) for s in result.steps] == [
-        (s.score, s.kl_nats, s.beta, s.approx_kl) for s in expected.steps
+    result = run(resumed, settings, stop_score=low_words, checkpoint=path)
+    assert [(s.score, s.kl_nats, s.beta, s.approx_kl, s.value_loss) for s in result.steps] == [
+        (s.score, s.kl_nats, s.beta, s.approx_kl, s.value_loss) for s in expected.steps
     ]
+    for name in ("default", "critic"):
+        assert all(torch.equal(value, resumed.state(name)[key]) for key, value in whole.state(name).items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_ratio_is_one_a_fresh_kl_is_zero_and_groups_change_nothing(folder: Path, kind: str) -> None:
+    settings = KINDS[kind].model_copy(update={"iterations": 2})
+    first, second = (run(Policy.load(folder), settings.model_copy(update={"microbatch_tokens": budget})).steps for budget in (20, 1000))
+    for steps in (first, second):
+        assert steps[0].kl_nats == 0.0
+        assert [step.first_ratio_deviation for step in steps] == [0.0] * 3
+        assert steps[1].kl_nats > 0
+    # One reply at a time or all together: the same losses, but for rounding.
+    for one, all_ in zip(first, second, strict=True):
+        assert one.score == all_.score
+        assert (one.approx_kl, one.clipfrac, one.value_loss) == pytest.approx((all_.approx_kl, all_.clipfrac, all_.value_loss), rel=1e-4)
+        assert one.explained_variance == pytest.approx(all_.explained_variance, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapter", "rloo"])
+def test_the_other_kinds_learn_too(folder: Path, kind: str) -> None:
+    policy = Policy.load(folder)
+    settings = KINDS[kind].model_copy(update={"iterations": 10, "rollouts": 32})
+    result = run(policy, settings, warmup=base_scores(policy))
+    assert sum(step.score for step in result.steps[-3:]) / 3 > result.steps[0].score + 0.7
+    assert 0 < result.steps[result.released].kl_nats <= result.kl_target_nats
+
+
+def test_policy_and_critic_adapters_do_not_pull_at_each_other(folder: Path) -> None:
+    states = {}
+    for kind in ("head", "adapter"):
+        policy = Policy.load(folder)
+        run(policy, KINDS[kind].model_copy(update={"epochs": 1, "iterations": 1}))
+        states[kind] = policy.state()
+        other = policy.state("critic")
+        assert bool(other) == (kind == "adapter")
+        # The critic's head is 0 in the first step, so its adapter moves from the second on.
+        assert all(float(value.abs().max()) > 0 for value in other.values())
+    # Both critics say 0 in the first iteration: whatever the critic's adapter learnt, the policy's learnt the same.
+    assert all(torch.equal(value, states["adapter"][name]) for name, value in states["head"].items())
+
+
+def test_a_warm_start_fits_the_critics_adapter(folder: Path) -> None:
+    def first_value_loss(warm: bool) -> float:
+        policy = Policy.load(folder)
+        replies = policy.sample(PROMPTS * 2, max_tokens=8, temperature=0.7, seed=5)
+        warmup = Warmup(replies, low_words(replies, torch.empty(0))) if warm else None
+        return run(policy, KINDS["adapter"].model_copy(update={"iterations": 1}), warmup=warmup).steps[0].value_loss
+
+    assert first_value_loss(True) < first_value_loss(False)
+
+
+def test_rloo_samples_every_prompt_several_times(folder: Path) -> None:
+    asked: list[list[tuple[int, ...]]] = []
+
+    def look(replies: list[Reply], features_BD: Tensor) -> Tensor:
+        asked.append([reply.prompt for reply in replies])
+        return low_words(replies, features_BD)
+
+    run(Policy.load(folder), KINDS["rloo"].model_copy(update={"iterations": 1}), look)
+    assert len(set(asked[0])) == 4
+    assert all(len(set(asked[0][start : start + 4])) == 1 for start in range(0, 16, 4))
+    with pytest.raises(ValidationError, match=r"ppo\.rollouts is 30.*multiple of ppo\.rloo_samples \(4\)"):
+        PPOSettings(algorithm="rloo", rollouts=30)
+
+
+class Breaks:
+    """A loss that is no number in one minibatch."""
+
+    def __init__(self, at: int) -> None:
+        self.calls, self.at = 0, at
+
+    def __call__(self, logprobs_BT: Tensor, *rest: Any) -> PolicyLoss:
+        self.calls += 1
+        return policy_loss(logprobs_BT * (math.nan if self.calls == self.at else 1.0), *rest)
+
+
+def test_a_loss_that_is_no_number_names_step_and_minibatch_and_leaves_the_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ppo.pt"
+    settings = FAST.model_copy(update={"microbatch_tokens": 10_000})  # one group a minibatch: 2 epochs of 2 a step
+    kept: list[bytes] = []
+    with monkeypatch.context() as broken:
+        broken.setattr("trainer.ppo.policy_loss", Breaks(at=4 + 3))
+        with pytest.raises(TrainingRefused, match=r"the loss is nan in step 1, epoch 1, minibatch 0; the last checkpoint is kept"):
+            run(Policy.load(folder), settings, checkpoint=path, on_step=lambda step: kept.append(path.read_bytes()))
+    assert path.read_bytes() == kept[0]
+    whole, resumed = Policy.load(folder), Policy.load(folder)
+    expected = run(whole, settings)
+    assert run(resumed, settings, checkpoint=path).steps[-1].kl_nats == expected.steps[-1].kl_nats
     assert all(torch.equal(value, resumed.state()[name]) for name, value in whole.state().items())
 
 
