@@ -35,6 +35,14 @@ class RewardModelSettings(Section):
     """With fewer ratings there is no second reward model."""
     min_likelihood_gain: float = Field(default=0.0, ge=0)
     """Nats a rating of unseen prompts that it must foresee, at the lower bound, before PPO optimises it."""
+    ensemble_from_choices: int = Field(default=2000, ge=1)
+    """From so many choices on, an adapter of its own with an ensemble of heads is tried beside ridge on frozen features."""
+    ensemble_members: int = Field(default=8, ge=2, le=64)
+    """Heads, each with a random prior of its own; their spread is the score's uncertainty."""
+    ensemble_rank: int = Field(default=8, ge=1)
+    """Of the reward model's adapter, which nobody serves."""
+    ensemble_learning_rate: float = Field(default=3e-4, gt=0)
+    """Of the reward model's adapter, in its one epoch."""
     allow_single_rater: bool = False
     """Train although all ratings are one rater's; the adapter then serves that rater only, and its evidence says so."""
     seed: int = 0

@@ -21,11 +21,11 @@ from torch import Tensor
 from feedback import files
 from feedback.errors import TrainingRefused
 from trainer.likelihood import BOTH_BAD, DOWN, TIE, UP, A, B
+from trainer.reply import Reply
 
 if TYPE_CHECKING:
     from feedback.snapshot import Row
     from trainer.policy import Policy
-    from trainer.reply import Reply
 
 Progress = Callable[[str, float], None]
 """What is being done, and which share of it is done, in [0, 1]."""
@@ -94,6 +94,8 @@ class Labels:
     cohorts: tuple[tuple[str, ...], ...] = ()
     """Of each rater."""
     answers: tuple[Answer, ...] = ()
+    replies: tuple[Reply, ...] = ()
+    """The answers as tokens, for a reward model that reads them itself."""
     prompts: tuple[str, ...] = ()
     """Last message of each prompt, for people to read."""
     warnings: tuple[str, ...] = ()
@@ -142,6 +144,8 @@ class Labels:
         """One safetensors file, atomically; the people-readable parts are in its header."""
         words = ("raters", "cohorts", "prompts", "warnings")
         about = {name: getattr(self, name) for name in words} | {"answers": [vars(answer) for answer in self.answers]}
+        asked = {answer.prompt: reply.prompt for answer, reply in zip(self.answers, self.replies, strict=False)}
+        about |= {"asked": list(asked.items()), "said": [reply.tokens for reply in self.replies]}
         content = save({name: value.contiguous() for name, value in self._tensors().items()}, metadata={"about": json.dumps(about)})
         files.replace(path, content)
 
@@ -155,6 +159,8 @@ class Labels:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
+        answers, asked = tuple(Answer(**answer) for answer in about["answers"]), dict(about["asked"])
+        said = zip(answers, about["said"], strict=False)
         return cls(
             features_ND=tensors["features"],
             prompts_N=tensors["prompts"],
@@ -163,7 +169,8 @@ class Labels:
             thumbs=Thumbs(**part("thumbs.")),
             raters=tuple(about["raters"]),
             cohorts=tuple(map(tuple, about["cohorts"])),
-            answers=tuple(Answer(**answer) for answer in about["answers"]),
+            answers=answers,
+            replies=tuple(Reply(tuple(asked[answer.prompt]), tuple(tokens), answer.finished) for answer, tokens in said),
             prompts=tuple(about["prompts"]),
             warnings=tuple(about["warnings"]),
         )
@@ -283,6 +290,7 @@ def from_snapshot(
         raters=tuple(raters),
         cohorts=tuple(cohorts),
         answers=tuple(Answer(p, text, done, len(reply.tokens)) for (p, text, done), reply in zip(answers, replies, strict=True)),
+        replies=tuple(replies),
         prompts=tuple(str(message[-1].get("content", "")) for message in messages),
         warnings=tuple(warnings),
     )

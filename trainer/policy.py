@@ -104,6 +104,12 @@ class Policy:
             self.model.add_adapter(name, _lora(rank, alpha))
         self._use(POLICY)
 
+    def drop_adapter(self, name: str) -> None:
+        """Forget one of the further adapters, if it is there."""
+        if name in self.model.peft_config:
+            self.model.delete_adapter(name)
+            self._use(POLICY)
+
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
         """Inside, this adapter is on instead of the policy's. Gradients flow back outside, too."""

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
+from trainer.ensemble import Ensemble, fit_ensemble
 from trainer.labels import Labels
-from trainer.ridge import CrossFit, RidgeModel, fit_ridge
+from trainer.ridge import CrossFit, RidgeModel, cross_validate, fit_ridge
 
 if TYPE_CHECKING:
     from trainer.policy import Policy
@@ -59,18 +60,24 @@ class RewardModel(Protocol):
         ...
 
 
-def fit(labels: Labels, settings: RewardModelSettings, chosen: CrossFit | None = None) -> RewardModel:
+def fit(labels: Labels, settings: RewardModelSettings, chosen: CrossFit | None = None, policy: Policy | None = None) -> RewardModel:
     """The reward model of these ratings. The same labels and settings give the same bytes on a CPU.
 
-    `chosen` brings map and ridge from a comparison on more ratings than these. Raises TrainingRefused where there is nothing to learn from.
+    `chosen` brings map and ridge from a comparison on more ratings than these. Without a policy there is no ensemble.
+    Raises TrainingRefused where there is nothing to learn from.
     """
-    return fit_ridge(labels, settings, chosen)
+    if labels.count == 0:
+        raise TrainingRefused("reward model: 0 ratings are left, at least 1 is needed", field="labels")
+    chosen = chosen or cross_validate(labels, settings)
+    made = fit_ensemble(labels, settings, chosen, policy) if policy and len(labels.choices) >= settings.ensemble_from_choices else None
+    return made or fit_ridge(labels, settings, chosen)
 
 
 def load(path: Path, policy: Policy | None = None) -> RewardModel:
-    """What `save` wrote. Raises TrainingRefused where the file is missing."""
+    """What `save` wrote; an ensemble reads answers with the policy's backbone. Raises TrainingRefused where the file is missing."""
     if not path.is_file():
         raise TrainingRefused(f"reward model: no file at {path}", field="reward_model")
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["about"])
-    return RidgeModel.from_tensors(about, load_file(path))
+    tensors = load_file(path)
+    return Ensemble.from_tensors(about, tensors, policy) if about["family"] == "ensemble" else RidgeModel.from_tensors(about, tensors)

@@ -147,17 +147,17 @@ def precisions(problem: Problem, ridge: float) -> Tensor:
     )
 
 
-def minimise(problem: Problem, ridge: float, start: Tensor | None = None, tolerance: float = 1e-3) -> Tensor:
+def minimise(problem: Problem, ridge: float, start: Tensor | None = None, tolerance: float = 1e-3, anchor: Tensor | float = 0.0) -> Tensor:
     """The posterior's mode, flat, to a gradient of `tolerance` nats for each prior's sd or what float64 allows.
 
-    Raises TrainingRefused where it is not finite.
+    `anchor` is where the prior has its mean, in units of its sd. Raises TrainingRefused where it is not finite.
     """
     # In units of the prior's sd the problem is well conditioned: tens of evaluations, if all of them are remembered.
     scale = precisions(problem, ridge).rsqrt()
 
     def objective(at: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, Any]:
         unit = torch.from_numpy(at.copy()).requires_grad_(True)
-        loss = problem.loss(Parameters.split(unit * scale, problem.sizes)) + unit.square().sum() / 2
+        loss = problem.loss(Parameters.split(unit * scale, problem.sizes)) + (unit - anchor).square().sum() / 2
         return loss.item(), torch.autograd.grad(loss, unit)[0].numpy()
 
     begin = torch.zeros_like(scale) if start is None else start / scale

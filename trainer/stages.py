@@ -140,11 +140,11 @@ class Stages:
         self.progress("reward model", 0.0)
         # Map and ridge are chosen once, on all ratings, so that what was held out is known of them all.
         chosen = cross_validate(labels, settings)
-        model = fit(main, settings, chosen)
+        model = fit(main, settings, chosen, self._reader(main))
         model.save(self.folder / "reward_model.safetensors")
         if watch is not None:
             self.progress("second reward model", 0.5)
-            fit(watch, settings, chosen).save(self.folder / "watch_model.safetensors")
+            fit(watch, settings, chosen, self._reader(watch)).save(self.folder / "watch_model.safetensors")
         self.progress("held-out accuracy", 0.8)
         accuracy = held_out(labels, chosen, unseen_raters(labels, settings, chosen))
         warnings = [*labels.warnings, *_load_replies(self.folder / "base.safetensors")[2]]
@@ -152,6 +152,7 @@ class Stages:
             warnings.append(f"reward model: the best ridge {chosen.ridge:g} lies on the edge of what was compared")
         body = {
             "id": model.id,
+            "family": model.about["family"],
             "map": model.about["map"],
             "ridge": model.about["ridge"],
             "held_out_nll": model.about["held_out_nll"],
@@ -163,7 +164,7 @@ class Stages:
             "ratings_by_rater": {name: int(n) for name, n in zip(labels.raters, _ratings_by_rater(labels), strict=True)},
             "second": watch is not None,
             "accuracy": {name: asdict(value) if value else None for name, value in accuracy.items()},
-            "length_share": length_share(labels, model.score(labels.features_ND)[0]),
+            "length_share": length_share(labels, model.score(model.features(labels.replies, labels.features_ND))[0]),
             **_told(labels, chosen),
             "likelihood_gain": asdict(likelihood_gain(labels, chosen)),
             "tastes": [asdict(taste) | {"words": taste.words} for taste in tastes(labels)],
@@ -172,6 +173,10 @@ class Stages:
         }
         write_json(self.folder / "reward.json", body)
         self.progress("reward model", 1.0)
+
+    def _reader(self, labels: Labels) -> Policy | None:
+        """The policy, where there are choices enough for a reward model that reads answers itself; loading it takes a while."""
+        return self.policy if len(labels.choices) >= self.settings.reward_model.ensemble_from_choices else None
 
     def _scorer(self, name: str) -> Scorer:
         replies, frozen_ND, _ = _load_replies(self.folder / "base.safetensors")

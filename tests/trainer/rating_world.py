@@ -9,6 +9,8 @@ from torch import Tensor
 
 from trainer.labels import Answer, Choices, Labels, Thumbs
 from trainer.likelihood import BOTH_BAD
+from trainer.policy import Policy
+from trainer.reply import Reply
 
 PROMPTS, PER_PROMPT, WIDTH, RATERS = 24, 8, 24, 12
 
@@ -54,5 +56,36 @@ def rated_world(seed: int, *, quadratic: bool = False, choices: int = 150, thumb
         # Longer answers have the larger first hidden value, so that length has something to say.
         answers=tuple(Answer(int(p), "word " * 5, True, int(20 + 5 * h)) for p, h in zip(prompt, hidden[:, 0], strict=True)),
         prompts=tuple(f"prompt {i}" for i in range(PROMPTS)),
+    )
+    return RatedWorld(labels, utility.double())
+
+
+def token_world(policy: Policy, seed: int, choices: int = 450, thumbs: int = 50) -> RatedWorld:
+    """Answers of two random words, of which people like some and dislike others."""
+    g = torch.Generator().manual_seed(seed)
+    words = policy.base.config.vocab_size - 5
+    worth = torch.randn(words, generator=g)
+    prompts = [(2, *(5 + torch.randint(words, (3,), generator=g)).tolist(), 3) for _ in range(PROMPTS)]
+    replies = [Reply(p, tuple((5 + torch.randint(words, (2,), generator=g)).tolist()), False) for p in prompts for _ in range(PER_PROMPT)]
+    said = torch.tensor([reply.tokens for reply in replies])
+    utility = 1.5 * worth[said - 5].sum(1)
+    prompt = torch.arange(PROMPTS).repeat_interleave(PER_PROMPT)
+    first = torch.randint(len(replies), (choices,), generator=g)
+    second = prompt[first] * PER_PROMPT + (first + 1 + torch.randint(PER_PROMPT - 1, (choices,), generator=g)) % PER_PROMPT
+    chose_b = (torch.rand(choices, generator=g) > torch.sigmoid(utility[first] - utility[second])).long()
+    rated = torch.randint(len(replies), (thumbs,), generator=g)
+    down = (torch.rand(thumbs, generator=g) > torch.sigmoid(utility[rated])).long()
+    by, thumb_by = torch.randint(RATERS, (choices,), generator=g), torch.randint(RATERS, (thumbs,), generator=g)
+    labels = Labels(
+        features_ND=policy.features(replies),
+        prompts_N=prompt,
+        prompt_features_QD=torch.zeros(PROMPTS, policy.hidden_size),
+        choices=Choices(first, second, chose_b, by, torch.zeros(choices, dtype=torch.bool)),
+        thumbs=Thumbs(rated, down, thumb_by),
+        raters=tuple(f"r{i}" for i in range(RATERS)),
+        cohorts=((),) * RATERS,
+        answers=tuple(Answer(int(p), "", True, len(r.tokens)) for p, r in zip(prompt, replies, strict=True)),
+        replies=tuple(replies),
+        prompts=("",) * PROMPTS,
     )
     return RatedWorld(labels, utility.double())
