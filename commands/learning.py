@@ -41,6 +41,29 @@ def trainer(config_path: ConfigPath = None, poll_s: Annotated[float, typer.Optio
             time.sleep(poll_s)
 
 
+@app.command()
+def scorer(
+    config_path: ConfigPath = None,
+    poll_s: Annotated[float, typer.Option(help="How often to look.")] = 5.0,
+    once: Annotated[bool, typer.Option(help="End when nothing new is there.")] = False,
+) -> None:
+    """Scores what a rollout's arms answer people, with the canary's reward model; until Ctrl-C."""
+    from trainer.cycle import use_threads
+    from trainer.scorer import InteractionScorer
+    from trainer.start import giving_way
+
+    with opened(config_path, "scorer") as (settings, stores, registry), giving_way(settings.cycle.niceness):
+        policy = policy_folder(settings)
+        use_threads(policy, settings.cycle.threads)
+        scores = InteractionScorer(stores, registry, policy, settings.policy)
+        while True:
+            if found := scores.once():
+                say(", ".join(f"{count} {what}" for what, count in sorted(found.items())))
+            if once:
+                return
+            time.sleep(poll_s)
+
+
 def _train(settings: Settings, stores: Stores, registry: Registry, shuffle: bool) -> str:
     from trainer.start import giving_way, learn
 

@@ -218,6 +218,10 @@ class Archive:
                 finished = event
         return Interaction(started, finished) if started else None
 
+    def has(self, event_id: str) -> bool:
+        """Whether this event is here."""
+        return bool(self._rows("SELECT 1 FROM events WHERE event_id = ?", event_id))
+
     def comparison(self, comparison_id: str) -> dict[str, Interaction]:
         """Its interactions by side."""
         rows = self._rows("SELECT side, interaction_id FROM interactions WHERE comparison_id = ?", comparison_id)

@@ -64,8 +64,7 @@ def run_cycle(
     where the policy is no model.
     """
     base_config(job.policy)  # refused before anything is written
-    if threads := settings.cycle.threads or int(_is_small(job.policy)):
-        torch.set_num_threads(threads)
+    use_threads(job.policy, settings.cycle.threads)
     snapshot = load_snapshot(job.snapshot)
     folder = data_dir / "cycles" / cycle_id(job, settings, snapshot.digest)
     refuse_redacted(snapshot, folder)
@@ -106,6 +105,12 @@ def run_cycle(
             # Last, because this one starts the gates.
             registry.attest(result.adapter_id, "evaluation", result.evaluation, by)
     return result
+
+
+def use_threads(policy: Path, threads: int) -> None:
+    """As many threads of torch as `cycle.threads` asks for."""
+    if threads := threads or int(_is_small(policy)):
+        torch.set_num_threads(threads)
 
 
 def _is_small(policy: Path) -> bool:

@@ -232,7 +232,8 @@ class Stages:
         steps = [asdict(step) for step in result.steps]
         # A run that was killed between a line and its checkpoint left that line twice; now each step stands once.
         files.replace(live, "".join(json.dumps(step) + "\n" for step in steps).encode())
-        body = asdict(result) | {"steps": steps, "seed": seed}
+        scale = {"zero": score.normaliser.zero, "unit": score.normaliser.unit}
+        body = asdict(result) | {"steps": steps, "seed": seed, "scale": scale}
         write_json(folder / "ppo.json", body | ({"stopped_because": nothing} if nothing else {}))
 
     def _nothing_learned(self) -> str | None:
