@@ -8,21 +8,27 @@ from typing import Annotated
 import typer
 
 from commands.settings import ConfigPath, Settings, opened, policy_folder
-from commands.terminal import Steps, say
+from commands.terminal import Steps, complain, say
 from deploy import lineage
 from deploy.registry import Registry
 from feedback.stores import Stores
+from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
 
 app = typer.Typer()
 
 
 @app.command()
 def train(
-    config_path: ConfigPath = None, shuffle_labels: Annotated[bool, typer.Option(help="The control: ratings are shuffled.")] = False
+    config_path: ConfigPath = None,
+    shuffle_labels: Annotated[bool, typer.Option(help="The control: ratings are shuffled.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do, how long, and what it would refuse.")] = False,
 ) -> None:
     """One cycle: snapshot, reward model, PPO, evaluation, candidate. Goes on where a killed one stopped."""
     with opened(config_path, "trainer") as (settings, stores, registry):
-        say(_train(settings, stores, registry, shuffle_labels))
+        if dry_run:
+            _rehearse(settings, stores, registry, shuffle_labels)
+        else:
+            say(_train(settings, stores, registry, shuffle_labels))
 
 
 @app.command()
@@ -64,11 +70,30 @@ def scorer(
             time.sleep(poll_s)
 
 
+def _sections(settings: Settings, shuffle: bool) -> tuple[RewardModelSettings, PPOSettings, CycleSettings]:
+    cycle = settings.cycle.model_copy(update={"shuffle_labels": shuffle or settings.cycle.shuffle_labels})
+    return settings.reward_model, settings.ppo, cycle
+
+
+def _rehearse(settings: Settings, stores: Stores, registry: Registry, shuffle: bool) -> None:
+    from trainer.rehearsal import rehearse
+    from trainer.schedule import LearningSettings
+    from trainer.start import giving_way
+
+    with giving_way(settings.cycle.niceness):
+        found = rehearse(stores, registry, policy_folder(settings), settings.policy, LearningSettings(*_sections(settings, shuffle)))
+    for line in found.lines:
+        say(line)
+    for reason in found.refused:
+        complain(f"would be refused: {reason}")
+    if found.refused:
+        raise typer.Exit(1)
+
+
 def _train(settings: Settings, stores: Stores, registry: Registry, shuffle: bool) -> str:
     from trainer.start import giving_way, learn
 
     lineage.finish(stores, registry, settings.erasure)
-    cycle = settings.cycle.model_copy(update={"shuffle_labels": shuffle or settings.cycle.shuffle_labels})
     with giving_way(settings.cycle.niceness), Steps() as steps:
-        result = learn(stores, registry, policy_folder(settings), settings.policy, (settings.reward_model, settings.ppo, cycle), steps)
+        result = learn(stores, registry, policy_folder(settings), settings.policy, _sections(settings, shuffle), steps)
     return f"candidate {result.adapter_id} ({result.folder})"

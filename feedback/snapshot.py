@@ -100,7 +100,7 @@ def build(archive: Archive, subjects: Subjects, out_dir: Path, filters: Filters 
         # Whoever was erased while we read is in the archive before that erasure gets the lock: either we see it or it sees the snapshot.
         rows, leaves = _kept(found, archive.erasures(), subjects)
         if not rows:
-            raise TrainingRefused(f"no opinion about a finished answer matches {filters.model_dump_json()}; collect ratings first")
+            raise _nothing(filters)
         digest = _digest(filters, leaves)
         target = out_dir / digest
         if (target / HEAD_FILE).exists():
@@ -108,6 +108,19 @@ def build(archive: Archive, subjects: Subjects, out_dir: Path, filters: Filters 
         else:
             _publish(target, rows, {"digest": digest, "redacted": False, "filters": filters.model_dump(mode="json"), "leaves": leaves})
     return load(target)
+
+
+def opinions(archive: Archive, subjects: Subjects, filters: Filters | None = None) -> list[Row]:
+    """What `build` would write now, and writes nothing. Raises TrainingRefused where that is nothing."""
+    filters = filters or Filters()
+    rows, _ = _kept(sorted(_rows(archive, subjects, filters), key=lambda row: row.event_id), archive.erasures(), subjects)
+    if not rows:
+        raise _nothing(filters)
+    return rows
+
+
+def _nothing(filters: Filters) -> TrainingRefused:
+    return TrainingRefused(f"no opinion about a finished answer matches {filters.model_dump_json()}; collect ratings first")
 
 
 def _kept(rows: list[Row], erased: Mapping[str, int], subjects: Subjects) -> tuple[list[Row], dict[str, str]]:

@@ -198,7 +198,7 @@ def features_of(policy: Policy, replies: Sequence[Reply], progress: Progress | N
     return torch.stack([row_D for row_D in rows if row_D is not None])
 
 
-def _usable(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+def usable(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     """Rows that can train, and why others cannot."""
     kept, dropped = [], Counter[str]()
     for row in rows:
@@ -216,7 +216,7 @@ def _usable(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
 
 def check(rows: Sequence[Row], *, allow_single_rater: bool) -> list[str]:
     """Warnings about a set of ratings. Raises TrainingRefused where it can teach nothing, naming what is missing."""
-    kept, warnings = _usable(rows)
+    kept, warnings = usable(rows)
     if not kept:
         raise TrainingRefused(
             f"labels: {len(rows)} ratings, 0 of them can train; at least 1 thumb up and 1 down, or 1 choice, are needed", field="labels"
@@ -255,7 +255,7 @@ def from_snapshot(
 ) -> Labels:
     """Tokenise what was rated as it was served, and take the features. Raises TrainingRefused, see `check`."""
     warnings = check(rows, allow_single_rater=allow_single_rater)
-    kept, _ = _usable(rows)
+    kept, _ = usable(rows)
     prompts: dict[str, int] = {}
     answers: dict[tuple[int, str, bool], int] = {}
     raters: dict[str, int] = {}

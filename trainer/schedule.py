@@ -91,7 +91,7 @@ def ratings_now(archive: Archive) -> int:
 
 def should_train(archive: Archive, settings: CycleSettings, data_dir: Path) -> bool:
     """Whether enough was said since the last cycle that finished. Call `trained` after a cycle."""
-    return ratings_now(archive) - _last(data_dir) >= settings.min_new_ratings
+    return ratings_now(archive) - ratings_then(data_dir) >= settings.min_new_ratings
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ def _write(path: Path, value: dict[str, object]) -> None:
     files.replace(path, json.dumps(value).encode())
 
 
-def _last(data_dir: Path) -> int:
+def ratings_then(data_dir: Path) -> int:
+    """How many there were when the last finished cycle took its snapshot; 0 before the first."""
     path = data_dir / "cycles" / "last.json"
     return int(json.loads(path.read_text())["ratings"]) if path.exists() else 0

@@ -322,10 +322,15 @@ def _ratings_by_rater(labels: Labels) -> list[int]:
     return counts
 
 
+def two_models(raters: int, ratings: int, share: float, min_raters: int, min_labels: int) -> bool:
+    """Whether raters suffice for a second reward model."""
+    return share > 0 and raters >= min_raters and ratings >= min_labels
+
+
 def split_raters(labels: Labels, share: float, min_raters: int, min_labels: int, seed: int) -> tuple[Labels, Labels | None]:
     """Labels of the first reward model and those of other raters for the second, or all and None where there are too few."""
     raters = len(labels.raters)
-    if share == 0 or raters < min_raters or labels.count < min_labels:
+    if not two_models(raters, labels.count, share, min_raters, min_labels):
         return labels, None
     order = torch.randperm(raters, generator=torch.Generator().manual_seed(seed))
     others = torch.zeros(raters, dtype=torch.bool)

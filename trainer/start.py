@@ -73,7 +73,7 @@ def learn(
         if unfinished is None:
             snapshot = build(stores.archive, stores.subjects, data_dir / "snapshots")
             unfinished = begin(snapshot.path, ratings_now(stores.archive), data_dir)
-        job = _job(registry, policy, asked, unfinished.snapshot, settings.cycle)
+        job = job_of(registry, policy, asked, unfinished.snapshot, settings.cycle)
         try:
             with metrics.cycle():
                 result = run_cycle(job, settings, data_dir, registry=registry, by=BY, progress=progress)
@@ -89,7 +89,8 @@ def learn(
         return result
 
 
-def _job(registry: Registry, policy: Path, asked: PolicySettings, snapshot: Path, cycle: CycleSettings) -> Job:
+def job_of(registry: Registry, policy: Path, asked: PolicySettings, snapshot: Path, cycle: CycleSettings) -> Job:
+    """What a cycle about this snapshot is about. Raises InvalidInput where a file that the settings name cannot be read."""
     stable_id = registry.alias("stable")
     stable = registry.adapter(stable_id) if stable_id else None
     return Job(
