@@ -215,6 +215,8 @@ class Calibration:
     by_chance: float
     """What chances that were exactly right would show with as many choices."""
     n: int
+    curve: tuple[tuple[float, float, int], ...] = ()
+    """Of each bin that is not empty: mean chance foretold, share chosen, choices."""
 
     @property
     def words(self) -> str:
@@ -238,7 +240,10 @@ def calibration(logits_N: Tensor, outcomes_N: Tensor, bins: int = CALIBRATION_BI
 
     error = total(chance_N - chose_N).abs().sum() / len(logits_N)
     by_chance = math.sqrt(2 / math.pi) * total(chance_N * (1 - chance_N)).sqrt().sum() / len(logits_N)
-    return Calibration(float(error), float(by_chance), len(logits_N))
+    counts = torch.bincount(bin_N, minlength=bins).tolist()
+    means = zip(total(chance_N).tolist(), total(chose_N).tolist(), counts, strict=True)
+    curve = tuple((chance / n, chose / n, n) for chance, chose, n in means if n)
+    return Calibration(float(error), float(by_chance), len(logits_N), curve)
 
 
 @dataclass(frozen=True)

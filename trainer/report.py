@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def report_of(record: AdapterRecord, registry: Registry, data_dir: Path, target:
         "rollouts": rollouts,
         "people": [row["reason"] for rollout in rollouts for row in rollout.verdicts if row["name"] == "wins"],
         "metrics": metrics,
-        "plots": [plot(metrics, *spec) for spec in STEP_PLOTS if metrics and metrics[0].get(spec[0]) is not None],
+        "plots": plots_of(folder, reward, details),
         "stopped_because": training[-1].body.get("stopped_because"),
         "seconds": training[-1].body.get("seconds"),
         "simulated": reward["simulated_raters"],
@@ -95,8 +95,34 @@ def _read(path: Path) -> str:
         raise NotFound(f"report: {path} cannot be read: {exc.strerror}") from exc
 
 
-def plot(metrics: Sequence[dict[str, Any]], name: str, title: str, unit: str) -> str:
-    """A line over PPO's steps as inline SVG, in the page's text colour, so that it reads in light and dark."""
+def plots_of(folder: Path, reward: dict[str, Any], details: dict[str, Any]) -> list[str]:
+    """Every plot for which the cycle left figures."""
+    runs = {"candidate": folder / "metrics.jsonl"} | {path.parent.name: path for path in sorted(folder.glob("seed-*/metrics.jsonl"))}
+    steps = {name: [json.loads(line) for line in _read(path).splitlines()] for name, path in runs.items()}
+    found = []
+    for name, title, unit in STEP_PLOTS:
+        lines = {
+            run: ([row["step"] for row in rows], [row[name] for row in rows])
+            for run, rows in steps.items()
+            if rows and rows[0].get(name) is not None
+        }
+        if lines:
+            found.append(plot(title, "PPO step", unit, lines))
+    if positions := details.get("kl", {}).get("by_position"):
+        by_position = {"": (list(range(1, len(positions) + 1)), positions)}
+        found.append(plot("KL by token position", "token of the reply", "nats a token", by_position, marker=""))
+    if curve := (reward.get("calibration") or {}).get("curve"):
+        foretold, chosen, _ = zip(*curve, strict=True)
+        lines = {"held-out choices": (list(foretold), list(chosen)), "exactly right": ([0.0, 1.0], [0.0, 1.0])}
+        found.append(plot("Reward model: calibration", "chance foretold for side a", "share that chose a", lines))
+    return found
+
+
+Line = tuple[Sequence[float], Sequence[float]]
+
+
+def plot(title: str, across: str, up: str, lines: Mapping[str, Line], marker: str = "o") -> str:
+    """Lines by name as inline SVG, in the page's text colour, so that it reads in light and dark. A second line is dashed."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -104,8 +130,11 @@ def plot(metrics: Sequence[dict[str, Any]], name: str, title: str, unit: str) ->
 
     figure = Figure(figsize=(3.6, 2.2), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([row["step"] for row in metrics], [row[name] for row in metrics], marker="o", markersize=3, linewidth=1.5)
-    axes.set(title=title, xlabel="PPO step", ylabel=unit)
+    for index, (name, (x, y)) in enumerate(lines.items()):
+        axes.plot(x, y, marker=marker, markersize=3, linewidth=1.5, linestyle="--" if index else "-", label=name)
+    if len(lines) > 1:
+        axes.legend(fontsize="x-small", frameon=False)
+    axes.set(title=title, xlabel=across, ylabel=up)
     axes.spines[["top", "right"]].set_visible(False)
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)

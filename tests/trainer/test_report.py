@@ -33,6 +33,8 @@ REWARD: dict[str, Any] = {
         {"cohort": "brief", "what": "questions", "correlation": 0.1, "low": -0.2, "high": 0.4, "raters": 12},
     ],
     "warnings": ["2 of 420 ratings dropped: an answer is empty"],
+    "calibration": {"error": 0.04, "by_chance": 0.03, "n": 100, "curve": [[0.3, 0.35, 40], [0.7, 0.65, 60]]},
+    "findings": ["foretold chances of 100 choices on unseen prompts are off by 4.0 points"],
 }
 GAIN = {"mean": 0.8, "low": 0.5, "high": 1.1, "n": 24}
 EVALUATION: dict[str, Any] = {
@@ -42,6 +44,11 @@ EVALUATION: dict[str, Any] = {
     "kl_budget_nats": 6.0,
     "likelihood_gain": {"mean": 0.05, "low": 0.02, "high": 0.08, "n": 420},
     "shuffled": False,
+    "kl_finished_nats": 4.6,
+    "finished_replies": 90,
+    "kl_nats_at_1": 5.5,
+    "length_matched_win": {"value": 0.71, "low": 0.6, "high": 0.82, "n": 33},
+    "seeds": {"words": ["seed 1000 gains -0.10 sd against seed 0"], "lucky": False},
     **{name: {"base": 0.125, "candidate": 0.75} for name in ("length", "finished", "on_topic", "repetition", "refusal")},
     "probes": [{"prompt": "How do I <b>cut</b>?", "base": "To cut <script>", "stable": "It", "candidate": "Peel it first."}],
 }
@@ -53,8 +60,10 @@ def _trained(folder: Path, policy: Path, make: MakeAdapter, registry: Registry, 
     cycle = folder / "cycles" / "c1"
     cycle.mkdir(parents=True)
     (cycle / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in STEPS))
+    (cycle / "seed-1").mkdir()
+    (cycle / "seed-1" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in STEPS[:1]))
     (cycle / "reward.json").write_text(json.dumps(REWARD))
-    (cycle / "details.json").write_text(json.dumps({"facts": {"words": FACTS}}))
+    (cycle / "details.json").write_text(json.dumps({"facts": {"words": FACTS}, "kl": {"by_position": [0.1, 0.2, 0.05]}}))
     adapter, path = make(policy, folder / "adapters", 1)
     record = registry.register(adapter, path, "trainer")
     registry.attest(adapter, "training", {"cycle": "c1", "seconds": {"ppo": 61.0}, "stopped_because": "the last iteration"}, "trainer")
@@ -78,7 +87,13 @@ def test_one_page_says_it_all(tmp_path: Path, tiny_policy: Path, make_adapter: M
     assert "24 of 24 raters are simulated" in words
     assert "24 raters gave 150 choices and 270 thumbs" in words
     assert "66 % (58–74)" in words and "length alone with 57 %" in words
-    assert page.count("<svg ") == 4  # score, second reward model, KL, length
+    # Score, second reward model, KL, length, KL by position, calibration.
+    assert page.count("<svg ") == 6
+    assert 'aria-label="KL by token position"' in page and 'aria-label="Reward model: calibration"' in page
+    assert "4.6 of the 90 that ended by themselves" in words and "5.5 at temperature 1" in words
+    assert "in 71 % of 33 pairs (60–82)" in words and "are off by 4.0 points" in words
+    assert "with other random numbers: seed 1000 gains -0.10 sd against seed 0." in words and "may be luck" not in words
+    assert "\nLuck: seed 1000 gains" in gist
     assert "+0.80 sd against base (+0.50 … +1.10)" in words
     assert "4.2 nats" in words and "budget was 6.0" in words
     assert "+0.40" in page and "questions" not in page  # only what is surely preferred or disliked
@@ -121,7 +136,19 @@ def test_without_training_there_is_nothing_to_report(
     assert not (tmp_path / "one.html").exists()
 
 
+def test_a_gain_of_one_seed_only_is_marked_and_an_older_cycle_still_has_its_report(
+    tmp_path: Path, tiny_policy: Path, make_adapter: MakeAdapter, registry: Registry
+) -> None:
+    folder, target = tmp_path / "data", tmp_path / "one.html"
+    record = _trained(folder, tiny_policy, make_adapter, registry, seeds={"words": ["seed 1000 gains -2.00 sd"], "lucky": True})
+    report_of(record, registry, folder, target)
+    assert "what it gained may be luck" in target.read_text()
+    before = {name: value for name, value in EVALUATION.items() if name not in ("seeds", "length_matched_win", "kl_nats_at_1")}
+    registry.attest(record.id, "evaluation", before, "trainer")
+    assert "Luck:" not in report_of(record, registry, folder, target)
+
+
 def test_a_plot_has_the_colour_of_the_page() -> None:
-    svg = plot(STEPS, "kl_nats", "KL to the reference", "nats")
+    svg = plot("KL to the reference", "PPO step", "nats", {"candidate": ([1, 2], [0.0, 4.0]), "seed-1": ([1, 2], [0.0, 3.0])})
     assert svg.startswith('<svg role="img" aria-label="KL to the reference"')
     assert "currentColor" in svg and "#000000" not in svg
