@@ -44,14 +44,17 @@ QUICK_PAIRS = 40
 SEED = 0
 
 
+def tail(reply: Reply) -> Reply:
+    """The last TAIL tokens, at least one of the prompt."""
+    tokens = reply.tokens[-(TAIL - 1) :]
+    return Reply(reply.prompt[-(TAIL - len(tokens)) :], tokens, reply.finished)
+
+
 class TailPolicy(Policy):
     """Reads only the last TAIL tokens, and keeps what it computed, so that an interrupted run goes on."""
 
     def features(self, replies: Sequence[Reply]) -> Tensor:
-        short = []
-        for reply in replies:
-            tokens = reply.tokens[-(TAIL - 1) :]
-            short.append(Reply(reply.prompt[-(TAIL - len(tokens)) :], tokens, reply.finished))
+        short = [tail(reply) for reply in replies]
         name = hashlib.sha256(repr([(reply.prompt, reply.tokens) for reply in short]).encode()).hexdigest()
         path = CACHE / f"{name}.safetensors"
         if not path.exists():

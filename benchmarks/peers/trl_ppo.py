@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,10 +159,8 @@ def main() -> None:
     set_peft_model_state_dict(trainer.policy_model, load_file(Path(spec["adapter"]) / "adapter_model.safetensors"))
     timed(meter)
     meter.start()
-    try:
+    with suppress(Reached):
         trainer.train()
-    except Reached:
-        pass
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     result = meter.result(trainable=trainable, parameters=sum(p.numel() for p in trainer.model.parameters()))
     Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -105,10 +106,8 @@ def main() -> None:
     trainer.meter = meter
     set_peft_model_state_dict(trainer.model, load_file(Path(spec["adapter"]) / "adapter_model.safetensors"))
     meter.start()
-    try:
+    with suppress(Reached):
         trainer.train()
-    except Reached:
-        pass
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     result = meter.result(trainable=trainable, parameters=sum(p.numel() for p in trainer.model.parameters()))
     Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
