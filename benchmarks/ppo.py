@@ -5,12 +5,12 @@
     QUICK=1 make bench-ppo      one iteration of each on the concierge: shows that it runs, concludes nothing
 
 Same model, adapter (rank, alpha, all linear layers, the very same first weights), prompts, seeds, reward, episodes, epochs, minibatch,
-clip, gamma, lambda, temperature, tokens and threads. Each contestant is a process of its own, in alternation, and measures its memory from
-after its imports. What stays as each has it: TRL's KL coefficient (0.05) and value coefficient (0.1), our controller and critic.
+clip, gamma, lambda, temperature, tokens and threads. Each contestant is a process of its own, in alternation, and measures its memory
+from after its imports. What stays as each has it: TRL's KL coefficient (0.05) and value coefficient (0.1), our controller and critic.
 
-Speed is measured on SmolLM2, three iterations a process. Then the concierge's hidden preference is the reward, and the figure is the time until
-the mean of two iterations' replies is TARGET sd better than the base's; the learning rate is tuned for each contestant on other worlds. The
-control is our PPO with the rewards of an iteration's replies exchanged: it must not get there.
+Speed is measured on SmolLM2, three iterations a process. Then the concierge's hidden preference is the reward, and the figure is the time
+until the mean of two iterations' replies is TARGET sd better than the base's; the learning rate is tuned for each contestant on other
+worlds. The control is our PPO with the rewards of an iteration's replies exchanged: it must not get there.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def task(example: Example, seed: int, folder: Path) -> dict[str, object]:
 
 
 class Runs:
-    """Starts contestants, each in a process of its own, and keeps what they measured: TRL's for as long as nothing of TRL's side changes."""
+    """Starts contestants, each in a process of its own, and keeps what they measured; TRL's until something of TRL's side changes."""
 
     def __init__(self, report: Report, folder: Path) -> None:
         self.report, self.folder = report, folder

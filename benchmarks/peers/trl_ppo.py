@@ -102,19 +102,8 @@ def value_model(spec):
     return found
 
 
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    torch.set_num_threads(spec["threads"])
-    meter = Meter(spec["target"])
-    np.random.seed(spec["seed"])
-    torch.manual_seed(spec["seed"])
-    tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
-    # TRL takes every padding token for padding, also where it ends a turn of the prompt.
-    tokenizer.pad_token = spec["pad_token"]
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    reward = Reward(spec, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), tokenizer.eos_token_id)
-    args = PPOConfig(
+def arguments(spec):
+    return PPOConfig(
         output_dir=spec["folder"],
         use_cpu=True,
         bf16=False,
@@ -141,9 +130,23 @@ def main() -> None:
         lam=spec["gae_lambda"],
         kl_coef=spec["kl_coef"],
     )
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(spec["threads"])
+    meter = Meter(spec["target"])
+    np.random.seed(spec["seed"])
+    torch.manual_seed(spec["seed"])
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
+    # TRL takes every padding token for padding, also where it ends a turn of the prompt.
+    tokenizer.pad_token = spec["pad_token"]
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    reward = Reward(spec, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), tokenizer.eos_token_id)
     copies = -(-2 * spec["rollouts"] // len(spec["prompts"]))
     trainer = PPOTrainer(
-        args,
+        arguments(spec),
         processing_class=tokenizer,
         model=model,
         ref_model=None,

@@ -46,29 +46,8 @@ class Clock(TrainerCallback):
             self.meter.close()
 
 
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    torch.set_num_threads(spec["threads"])
-    meter = Meter(spec["target"])
-    tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
-    tokenizer.pad_token = spec["pad_token"]
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
-    reward = Reward(spec, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), tokenizer.eos_token_id)
-    for ids, text in zip(spec["prompts"], spec["texts"], strict=True):
-        assert tokenizer(text)["input_ids"] == ids, "TRL must see the same prompt tokens"
-    ids_of = dict(zip(spec["texts"], spec["prompts"], strict=True))
-
-    def score(prompts, completion_ids, **_):
-        scores = [reward.one(ids_of[prompt], reply) for prompt, reply in zip(prompts, completion_ids, strict=True)]
-        meter.note("score", scores)
-        meter.note("reply_tokens", [len(reply) for reply in completion_ids])
-        meter.note("finished", [float(reply[-1:] == [reward.end]) for reply in completion_ids])
-        meter.lap("score")
-        meter.check()
-        return reward.given(scores)
-
-    minibatches = spec["rollouts"] // spec["minibatch"]
-    args = RLOOConfig(
+def arguments(spec, minibatches):
+    return RLOOConfig(
         output_dir=spec["folder"],
         use_cpu=True,
         bf16=False,
@@ -91,11 +70,35 @@ def main() -> None:
         epsilon=spec["clip"],
         beta=spec["kl_coef"],
     )
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(spec["threads"])
+    meter = Meter(spec["target"])
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
+    tokenizer.pad_token = spec["pad_token"]
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+    reward = Reward(spec, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), tokenizer.eos_token_id)
+    for ids, text in zip(spec["prompts"], spec["texts"], strict=True):
+        assert tokenizer(text)["input_ids"] == ids, "TRL must see the same prompt tokens"
+    ids_of = dict(zip(spec["texts"], spec["prompts"], strict=True))
+
+    def score(prompts, completion_ids, **_):
+        scores = [reward.one(ids_of[prompt], reply) for prompt, reply in zip(prompts, completion_ids, strict=True)]
+        meter.note("score", scores)
+        meter.note("reply_tokens", [len(reply) for reply in completion_ids])
+        meter.note("finished", [float(reply[-1:] == [reward.end]) for reply in completion_ids])
+        meter.lap("score")
+        meter.check()
+        return reward.given(scores)
+
+    minibatches = spec["rollouts"] // spec["minibatch"]
     copies = -(-2 * spec["rollouts"] // len(spec["texts"]))
     trainer = Clocked(
         model=model,
         reward_funcs=score,
-        args=args,
+        args=arguments(spec, minibatches),
         train_dataset=Dataset.from_dict({"prompt": spec["texts"] * copies}),
         processing_class=tokenizer,
         callbacks=[Clock(meter, minibatches * spec["epochs"])],
