@@ -31,6 +31,14 @@ def number(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows that share their names, as Markdown; nothing for none."""
+    if not rows:
+        return []
+    cells = [[number(value) for value in row.values()] for row in rows]
+    return ["", *(f"| {' | '.join(row)} |" for row in [list(rows[0]), ["---"] * len(rows[0]), *cells])]
+
+
 def page(results: list[dict[str, Any]]) -> str:
     """The page's Markdown."""
     lines = ["# Figures", "", "Written by `make figures` from the JSON that `make bench-NAME` leaves; never by hand.", ""]
@@ -45,6 +53,7 @@ def page(results: list[dict[str, Any]]) -> str:
             f"| {check['what']} | {number(check['value'])} | {check['bound']} | {'yes' if check['ok'] else '**no**'} |"
             for check in result["checks"]
         ]
+        lines += table(result["figures"].get("table", []))
         control = result["control"]
         used = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         lines += [

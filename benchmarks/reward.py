@@ -156,11 +156,15 @@ def main() -> int:
     # So few pairs as a quick run has tell nothing from nothing.
     caught = noise.low <= 0.5 and (loose or over_noise.low > 0)
     report.control("our fit on shuffled labels: a half lies in its interval or above, and ours is better on the same pairs", caught=caught)
+    accuracies = {"ours": real, "length alone": length, "ours on shuffled labels": noise}
+    accuracies |= {f"TRL, learning rate {rate:g}": share(each, prompts_N[same]) for rate, each in trl_hits.items()}
+    table = [{"model": name, **asdict(found)} for name, found in accuracies.items()]
     costs = {"ours": {name: found[name] for name in ("features_s", "fit_s", "memory_mb")}} | {
         f"TRL at {rate:g}": {name: runs[0][name] for name in ("train_s", "memory_mb", "losses")} for rate, runs in by_rate.items()
     }
     return report.finish(
         {
+            "table": table,
             "ours": asdict(real),
             "length_alone": asdict(length),
             "shuffled": asdict(noise),

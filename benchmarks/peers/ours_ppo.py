@@ -41,6 +41,8 @@ def main() -> None:
         return torch.tensor(reward.given(scores))
 
     def on_step(step: Step) -> None:
+        if step.train_s == 0:
+            return  # it ended here, and trained on nothing
         meter.note("kl_nats", [step.kl_nats])
         for name in ("generate_s", "score_s", "train_s"):
             meter.note(name, [getattr(step, name)])
