@@ -17,7 +17,7 @@ import transformers  # noqa: F401  (part of what imports take, as in the other's
 from peft import LoraConfig  # noqa: F401  (the same)
 from torch import Tensor
 
-from benchmarks.human_pairs import import_pairs, tail
+from benchmarks.human_pairs import TAIL, import_pairs, tail
 from benchmarks.peers.meter import Meter
 from trainer.config import RewardModelSettings
 from trainer.labels import from_snapshot
@@ -36,8 +36,8 @@ class Reader(Policy):
         self.seen.append(tail(found))
         return found
 
-    def features(self, replies: Sequence[Reply], batch_size: int = 16) -> Tensor:
-        return super().features([tail(reply) for reply in replies], batch_size)
+    def features(self, replies: Sequence[Reply]) -> Tensor:
+        return super().features([tail(reply) for reply in replies])
 
 
 def main() -> None:
@@ -51,6 +51,8 @@ def main() -> None:
     policy.seen = []
     labels = from_snapshot(rows, policy, None)
     features_s = time.perf_counter() - began
+    seen = policy.seen[: len(labels.answers)]
+    assert all(len(reply.tokens) == min(answer.tokens, TAIL - 1) for reply, answer in zip(seen, labels.answers, strict=True))
     fold_of = folds_of(len(labels.prompts), spec["folds"], spec["seed"])
     began = time.perf_counter()
     fit(labels.where_prompt(fold_of != 0), RewardModelSettings())
@@ -58,7 +60,7 @@ def main() -> None:
     result = meter.result(
         features_s=features_s,
         fit_s=fit_s,
-        answers=[[*reply.prompt, *reply.tokens] for reply in policy.seen[: len(labels.answers)]],
+        answers=[[*reply.prompt, *reply.tokens] for reply in seen],
     )
     labels.save(Path(spec["labels"]))
     Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
