@@ -32,7 +32,8 @@ from trainer.config import RewardModelSettings
 from trainer.held_out import choice_accuracy, clustered_mean
 from trainer.labels import Labels
 from trainer.likelihood import A, B
-from trainer.reward_model import fit, folds_of
+from trainer.reward_model import fit
+from trainer.ridge import folds_of
 
 KEPT = Path("build/bench/reward")
 VERSION = "1.16.0"

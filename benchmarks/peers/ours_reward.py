@@ -23,7 +23,8 @@ from trainer.config import RewardModelSettings
 from trainer.labels import from_snapshot
 from trainer.policy import Policy
 from trainer.reply import Reply
-from trainer.reward_model import fit, folds_of
+from trainer.reward_model import fit
+from trainer.ridge import folds_of
 
 
 class Reader(Policy):
