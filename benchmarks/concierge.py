@@ -26,8 +26,8 @@ SAMPLES = 8
 """Answers of each policy to a held-out prompt; every one is compared with every one."""
 
 
-def record(stores: Stores, example: Example, policy: Policy, comparisons: int, seed: int) -> int:
-    """The raters ask, see two answers of the base, choose, and give thumbs. How many ratings."""
+def record(stores: Stores, example: Example, policy: Policy, comparisons: int, seed: int, *, at_most: int | None = None) -> int:
+    """The raters ask, see two answers of the base, choose, and give thumbs. How many ratings: `at_most` the first so many."""
     rng = np.random.default_rng([seed, comparisons])
     asked = [example.prompts[i % len(example.prompts)] for i in range(comparisons)]
     how = Sampling(example.system_prompt, example.temperature, example.max_tokens, 2, seed)
@@ -46,7 +46,7 @@ def record(stores: Stores, example: Example, policy: Policy, comparisons: int, s
             events += _answered(stores, (interaction, comparison, side), (subject, rater.cohort), prompt, (answer, finished))
             opinions.append((interaction, "rating", rater.thumb(prompt, answer, finished, rng)))
         for target, slot, value in opinions:
-            if value is not None:
+            if value is not None and ratings != at_most:
                 ratings += 1
                 about = f"{slot}-{target}"
                 events.append(FeedbackGiven(event_id=about, target=target, rater=subject, slot=slot, value=value, source="simulated"))
