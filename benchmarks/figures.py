@@ -1,6 +1,6 @@
 """Writes docs/figures.md from what benchmarks measured. `make figures`.
 
-Fresh results in `build/bench/` are copied to `benchmarks/results/`, which is committed; the page shows what lies there.
+Fresh results in `build/bench/` are copied to `benchmarks/results/`, which is committed; the page shows what lies there, plots too.
 A quick run concludes nothing, so it is not copied.
 """
 
@@ -22,7 +22,9 @@ def collect(fresh: Path, kept: Path) -> list[dict[str, Any]]:
     kept.mkdir(parents=True, exist_ok=True)
     for path in sorted(fresh.glob("*.json")):
         if not json.loads(path.read_text(encoding="utf-8")).get("quick", False):
-            (kept / path.name).write_bytes(path.read_bytes())
+            for part in (path, path.with_suffix(".svg")):
+                if part.exists():
+                    (kept / part.name).write_bytes(part.read_bytes())
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(kept.glob("*.json"))]
 
 
@@ -61,6 +63,8 @@ def page(results: list[dict[str, Any]]) -> str:
             f"Control: {control['what']}: {'caught' if control['caught'] else '**not caught**'}. Seed {result['seed']}; {used}.",
             "",
         ]
+        if (RESULTS / f"{result['name']}.svg").exists():
+            lines += [f"![{result['name']}](../benchmarks/results/{result['name']}.svg)", ""]
     return "\n".join(lines)
 
 
