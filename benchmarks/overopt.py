@@ -51,6 +51,33 @@ GOLD_SAMPLES = 16
 CLIP = 4.0
 
 
+@dataclass(frozen=True)
+class Hump:
+    """Gain R(d) = d·(alpha - beta·f(d)) over the distance d = sqrt(KL), nats^(1/2) (Gao et al. 2022).
+
+    f is ln for reinforcement learning, the identity for the best of n, which moves no farther than its reward asks for.
+    """
+
+    alpha: float
+    beta: float
+    r2: float
+    """Share of the gains' variance that it explains."""
+    peak: float
+    """Where it turns; infinite where it does not."""
+
+    @classmethod
+    def fit(cls, distances: Sequence[float], gains: Sequence[float], *, best_of_n: bool = False) -> Hump:
+        """Least squares over distances of at least 1: the logarithm's slope is infinite at 0, so that what lies near says little."""
+        d, gain = (np.array(column) for column in zip(*[(d, g) for d, g in zip(distances, gains, strict=True) if d >= 1], strict=True))
+        design = np.stack([d, -d * (d if best_of_n else np.log(d))], axis=1)
+        (alpha, beta), *_ = np.linalg.lstsq(design, gain, rcond=None)
+        residual, deviation = gain - design @ np.array([alpha, beta]), gain - gain.mean()
+        peak = float("inf")
+        if beta > 0:
+            peak = float(alpha / (2 * beta) if best_of_n else np.exp(alpha / beta - 1))
+        return cls(float(alpha), float(beta), float(1 - residual @ residual / (deviation @ deviation)), peak)
+
+
 def ppo(**changed: object) -> PPOSettings:
     """As in the demonstration, but for what is changed; a quick run hardly moves."""
     quickly: dict[str, object] = {"iterations": 3, "rollouts": 32} if quick() else {}

@@ -19,7 +19,8 @@ from trainer.reward_model import POSTERIOR_PENALTY, RewardModel, fit
 
 WIDTH, PROMPTS, RATERS, STEP = 8, 24, 12, 0.25
 TURN, FALL = 1.0, 0.6
-SETTINGS = RewardModelSettings(maps=("linear", "quadratic"), ridges=(0.3, 1.0, 3.0), folds=3, grid_extensions=2)
+ZERO = torch.zeros(WIDTH, dtype=torch.float64)
+SETTINGS = RewardModelSettings(ridges=(1.0, 9.0), folds=2, grid_extensions=1)
 
 
 @dataclass(frozen=True)
