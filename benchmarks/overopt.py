@@ -4,17 +4,19 @@
     QUICK=1 make bench-overopt      one world of each, few iterations: shows that it runs, too short to conclude from
 
 Gold is the hidden utility of answers to prompts that nobody rated; its gain is over the base's. Inside: the released adapter's
-gain as a share of the best along the same run within the KL budget; the control runs on without budget and stop, and what it
-ends with is compared with the best of its own run. Outside: raters like more details than the base ever shows, so the reward
-model's trend goes on where nobody has rated. Round 1 follows it; round 2 has its answers rated, refits on all ratings and starts
-again from the base. Two variants of round 2 have as many ratings: of the base's answers again, and going on from round 1's adapter.
+gain as a share of the best along the same run within the KL budget. The control runs on without budget and stop, and what it ends
+with is compared with the best of its own run. Outside: raters like more details than the base shows, so the reward model's trend
+goes on where nobody has rated. Round 1 follows it; in round 2 its answers are rated, the reward model is fitted to all ratings and
+PPO starts again from the base. Two variants of round 2 have as many ratings: of the base's answers once more, and going on from
+round 1's adapter. All are compared with PPO on the hidden preference itself within the same budget, the best that can be reached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.concierge import Judge
-from benchmarks.harness import quick
+from benchmarks.harness import Report, quick
 from examples import load
 from examples.base import Rater
 from examples.concierge.world import World
@@ -40,15 +42,25 @@ from trainer.score import Normaliser, Scorer
 from trainer.stages import split_raters
 
 Kind = Literal["inside", "outside"]
+Curve = dict[str, Any]
+"""A run, as it is stored: a list for each of COLUMNS, and gold's gain over the base, which is None at steps that were not measured."""
+Adapter = dict[str, Tensor]
 
-COMPARISONS, MORE_COMPARISONS = 180, 720
-LONG = 48
-"""Iterations of a run that nothing ends."""
+INSIDE, OUTSIDE = range(5), range(3)
+COMPARISONS, MORE_COMPARISONS, QUICK_COMPARISONS = 180, 720, 48
+"""With thumbs on both answers 180 give about 500 ratings."""
+LONG = 32
+"""Iterations of a run that nothing ends, and of all runs outside."""
 UNLIMITED_NATS = 1e6
 """A budget that no run reaches: beta starts at 0.0007 and falls."""
+WIDE_NATS = 10.0
+"""The largest budget that the product chooses by itself; the usual one of some 2 nats does not lead beyond what was rated."""
+EVERY = 3
+"""Gold is measured at every third step of the long runs, and where something ends."""
 GOLD_SAMPLES = 16
-"""Answers to each held-out prompt that gold is measured on; every checkpoint of a world is measured with the same seeds."""
+"""Answers to each held-out prompt that gold is measured on; all checkpoints of a world are measured with the same seed."""
 CLIP = 4.0
+COLUMNS = ("score", "stop_score", "kl_nats", "reply_tokens", "finished")
 
 
 @dataclass(frozen=True)
@@ -89,32 +101,6 @@ def unlimited() -> PPOSettings:
     return ppo(iterations=LONG, kl_target_nats=UNLIMITED_NATS, patience=10 * LONG)
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A run, measured at every step."""
-
-    steps: list[Step]
-    golds: list[float]
-    released: int
-    stopped_because: str
-    kl_target_nats: float
-    last: dict[str, Tensor]
-    """The adapter of the last step."""
-
-    def gain(self, step: int) -> float:
-        return self.golds[step] - self.golds[0]
-
-    def as_json(self) -> dict[str, Any]:
-        columns = ("score", "stop_score", "kl_nats", "reply_tokens", "finished")
-        return {
-            "gold": [round(gold, 4) for gold in self.golds],
-            **{name: [None if getattr(s, name) is None else round(getattr(s, name), 4) for s in self.steps] for name in columns},
-            "released": self.released,
-            "stopped_because": self.stopped_because,
-            "kl_target_nats": round(self.kl_target_nats, 3),
-        }
-
-
 class Town:
     """One world: its policy, its raters, and the hidden preference."""
 
@@ -124,6 +110,7 @@ class Town:
         self.policy = Policy.load(self.example.policy_dir(Path()), seed=seed)
         self.judge = Judge(self.world.utility, self.example, self.policy)
         self.start = self.policy.state()
+        self.zero = self.gold(self.start)
         replies = self.answers(self.example.prompts, 4, 100_000, reference=True)
         self.base = replies, features_of(self.policy, replies)
 
@@ -175,9 +162,11 @@ class Town:
 
         return score
 
-    def climb(self, score: Score, stop: Scorer | None, settings: PPOSettings, start: dict[str, Tensor] | None = None) -> Curve:
-        """PPO from the base or another adapter. What it scores is remembered, so that each step's gold can be measured afterwards."""
-        states: list[dict[str, Tensor]] = []
+    def climb(
+        self, score: Score, stop: Scorer | None, settings: PPOSettings, *, every: int = EVERY, start: Adapter | None = None
+    ) -> tuple[Curve, Adapter]:
+        """PPO from the base or from another adapter: what was measured, and the adapter that is released."""
+        states: list[Adapter] = []
 
         def remembered(replies: list[Reply], features_BD: Tensor) -> Tensor:
             states.append(self.policy.state())
@@ -195,10 +184,28 @@ class Town:
             seed=self.seed,
             options=Options(stop_score=stop, warmup=Warmup(replies, score(replies, features_ND))),
         )
-        golds = [self.gold(state) for state in states]
-        return Curve(result.steps, golds, result.released, result.stopped_because, result.kl_target_nats, states[-1])
+        stopped = self.stopped(result.steps)
+        measured = {*range(0, len(states), every), result.released, stopped, len(states) - 1}
+        return {
+            "gain": [self.gold(state) - self.zero if step in measured else None for step, state in enumerate(states)],
+            **{name: [getattr(step, name) for step in result.steps] for name in COLUMNS},
+            "released": result.released,
+            "stopped_because": result.stopped_because,
+            "kl_target_nats": result.kl_target_nats,
+            "other_raters_would_release": stopped,
+        }, states[result.released]
 
-    def gold(self, state: dict[str, Tensor]) -> float:
+    def stopped(self, steps: Sequence[Step]) -> int:
+        """The step that the other raters' reward model alone would release."""
+        run = Run(unlimited().model_copy(update={"patience": PPOSettings().patience}))
+        for step in steps:
+            run.beta_for(step.reply_tokens)
+            if run.judge(step, self.policy):
+                break
+            run.finish(step)
+        return run.result(self.policy).released
+
+    def gold(self, state: Adapter) -> float:
         self.policy.restore(state)
         asked, samples = (self.example.held_out[:8], 4) if quick() else (self.example.held_out, GOLD_SAMPLES)
         replies = self.answers(asked, samples, 200_000, reference=False)
@@ -226,3 +233,120 @@ def _row(event_id: str, rater: Rater, prompt: str, about: Sequence[tuple[str, bo
         adapter_b="" if two else None,
         stamp=0,
     )
+
+
+def inside(seed: int, comparisons: int) -> dict[str, Any]:
+    """The run as shipped, and the one that nothing ends, from the same ratings."""
+    town = Town(seed, "inside")
+    rows = town.rated(comparisons, 1, reference=True)
+    rewards = town.rewards(rows)
+    chosen, _ = town.climb(*rewards, ppo(), every=1)
+    free, _ = town.climb(*rewards, unlimited())
+    return {"ratings": len(rows), "chosen": chosen, "free": free}
+
+
+def outside(seed: int, comparisons: int) -> dict[str, Any]:
+    """Two rounds, the variants of the second, and the best that can be reached."""
+    town = Town(seed, "outside")
+    wide, wider = (ppo(iterations=LONG, kl_target_nats=nats) for nats in (WIDE_NATS, 2 * WIDE_NATS))
+    known, _ = town.climb(town.known(), None, wide)
+    of_base = town.rated(comparisons, 1, reference=True)
+    first, adapter = town.climb(*town.rewards(of_base), wide)
+    town.policy.restore(adapter)
+    of_both = [*of_base, *town.rated(comparisons, 2, reference=False)]
+    rewards = town.rewards(of_both)
+    second, _ = town.climb(*rewards, wide)
+    # Half of the way lies behind it already.
+    on, _ = town.climb(*rewards, wider, start=adapter)
+    static, _ = town.climb(*town.rewards([*of_base, *town.rated(comparisons, 3, reference=True)]), wide)
+    return {"ratings": len(of_both), "known": known, "first": first, "second": second, "on": on, "static": static}
+
+
+def best(curve: Curve, within_nats: float = UNLIMITED_NATS) -> float:
+    """The greatest gain along a run, of measured steps within a budget."""
+    return max(gain for gain, kl in zip(curve["gain"], curve["kl_nats"], strict=True) if gain is not None and kl <= within_nats)
+
+
+def released(curve: Curve) -> float:
+    gain: float = curve["gain"][curve["released"]]
+    return gain
+
+
+def share(part: float, whole: float) -> float:
+    """0 where nothing could be gained."""
+    return part / whole if whole > 0 else 0.0
+
+
+def shape(curve: Curve) -> dict[str, Any]:
+    """Experiments 3 and 5 on one long run: is the proxy a line over sqrt(KL), gold a hump, and where would other raters have stopped?"""
+    d = [max(kl, 0.0) ** 0.5 for kl in curve["kl_nats"]]
+    measured = [step for step, found in enumerate(curve["gain"]) if found is not None]
+    gains = [curve["gain"][step] for step in measured]
+    peak = max(measured, key=lambda step: curve["gain"][step])
+    last = len(d) - 1
+    found: dict[str, Any] = {
+        "proxy_line_r2": float(np.corrcoef(d, curve["score"])[0, 1] ** 2),
+        "peak_step": peak,
+        "peak_distance": d[peak],
+        "stop_share": share(curve["gain"][curve["other_raters_would_release"]], best(curve)),
+        "end_share": share(gains[-1], best(curve)),
+    }
+    if sum(d[step] >= 1 for step in measured) > 2:
+        found["hump"] = vars(Hump.fit([d[step] for step in measured], gains))
+    if curve["stop_score"][0] is not None:
+        gap = [score - other for score, other in zip(curve["score"], curve["stop_score"], strict=True)]
+        found |= {
+            "gap_at_peak": gap[peak],
+            "gap_at_end": gap[last],
+            "other_raters_rose_after_peak": curve["stop_score"][last] - curve["stop_score"][peak],
+        }
+    return found
+
+
+def main() -> int:
+    torch.set_num_threads(1)  # so small a model gains little from a second one, and two runs fit on two cores
+    report = Report("overopt", seed=0, rooms=("feedback", "trainer", "examples/concierge"))
+    few, many = (QUICK_COMPARISONS, 2 * QUICK_COMPARISONS) if quick() else (COMPARISONS, MORE_COMPARISONS)
+    rows: list[dict[str, Any]] = []
+    for seed in INSIDE[:1] if quick() else INSIDE:
+        key = {"world": seed, "kind": "inside", "quick": quick()}
+        found = report.cells.get({**key, "comparisons": few}, lambda s=seed: inside(s, few))  # type: ignore[misc]
+        more = report.cells.get({**key, "comparisons": many}, lambda s=seed: inside(s, many))  # type: ignore[misc]
+        chosen, free = found["chosen"], found["free"]
+        kept, control = share(released(chosen), best(chosen, chosen["kl_target_nats"])), share(free["gain"][-1], best(free))
+        rows.append(
+            {
+                "world": seed,
+                "kept": kept,
+                "control": control,
+                **found,
+                "shape": shape(free),
+                "more": more,
+                "more_shape": shape(more["free"]),
+            }
+        )
+        report.say(f"inside {seed}: keeps {kept:.2f} of the best within the budget, {control:.2f} of its own best without one")
+    far: list[dict[str, Any]] = []
+    for seed in OUTSIDE[:1] if quick() else OUTSIDE:
+        found = report.cells.get({"world": seed, "kind": "outside", "quick": quick()}, lambda s=seed: outside(s, few))  # type: ignore[misc]
+        shares = {name: share(released(found[name]), best(found["known"])) for name in ("first", "second", "on", "static")}
+        far.append({"world": seed, "shares": shares, **found, "shape": shape(found["first"])})
+        report.say(
+            f"outside {seed}, of the best that can be reached: " + ", ".join(f"{name} {value:.2f}" for name, value in shares.items())
+        )
+    # A few iterations move little, so a quick run only shows that the figures come out.
+    least, most = (-1e9, 1e9) if quick() else (0.0, 1.0)
+    report.check(
+        "inside, median share of the best within the budget that is kept", median(row["kept"] for row in rows), at_least=0.9 + least
+    )
+    report.check("outside, round 1, median share of the best", median(row["shares"]["first"] for row in far), at_most=0.8 * most)
+    report.check("outside, round 2, median share of the best", median(row["shares"]["second"] for row in far), at_least=0.8 + least)
+    control = median(row["control"] for row in rows)
+    report.control(
+        "inside, without budget and stop: what is left at the end is below 0.9 of the run's best", caught=quick() or control < 0.9
+    )
+    return report.finish({"inside": rows, "outside": far, "control": control})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
