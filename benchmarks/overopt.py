@@ -264,12 +264,12 @@ def outside(seed: int, comparisons: int) -> dict[str, Any]:
 
 def best(curve: Curve, within_nats: float = UNLIMITED_NATS) -> float:
     """The greatest gain along a run, of measured steps within a budget."""
-    return max(gain for gain, kl in zip(curve["gain"], curve["kl_nats"], strict=True) if gain is not None and kl <= within_nats)
+    steps = zip(curve["gain"], curve["kl_nats"], strict=True)
+    return max(float(gain) for gain, kl in steps if gain is not None and kl <= within_nats)
 
 
 def released(curve: Curve) -> float:
-    gain: float = curve["gain"][curve["released"]]
-    return gain
+    return float(curve["gain"][curve["released"]])
 
 
 def share(part: float, whole: float) -> float:
