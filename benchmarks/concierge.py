@@ -26,24 +26,33 @@ SAMPLES = 8
 """Answers of each policy to a held-out prompt; every one is compared with every one."""
 
 
-def record(stores: Stores, example: Example, policy: Policy, comparisons: int, seed: int, *, at_most: int | None = None) -> int:
-    """The raters ask, see two answers of the base, choose, and give thumbs. How many ratings: `at_most` the first so many."""
-    rng = np.random.default_rng([seed, comparisons])
+Shown = Sequence[tuple[str, Sequence[tuple[str, bool]]]]
+"""For each comparison its prompt and two answers, each with whether it was finished."""
+
+
+def shown(example: Example, policy: Policy, comparisons: int, seed: int) -> Shown:
+    """Two answers of the base for each comparison."""
     asked = [example.prompts[i % len(example.prompts)] for i in range(comparisons)]
     how = Sampling(example.system_prompt, example.temperature, example.max_tokens, 2, seed)
-    replies = sample(policy, asked, how, reference=True)
-    raters = [example.raters[int(i) % len(example.raters)] for i in rng.permutation(comparisons)]
+    texts = [(policy.decode(reply.tokens), reply.finished) for reply in sample(policy, asked, how, reference=True)]
+    return [(prompt, texts[2 * index : 2 * index + 2]) for index, prompt in enumerate(asked)]
+
+
+def record(stores: Stores, example: Example, answers: Shown, seed: int, *, at_most: int | None = None) -> int:
+    """The raters ask, see two answers, choose, and give thumbs. How many ratings: `at_most` the first so many."""
+    rng = np.random.default_rng([seed, len(answers)])
+    raters = [example.raters[int(i) % len(example.raters)] for i in rng.permutation(len(answers))]
     events: list[Event] = []
     ratings = 0
-    for index, (prompt, rater) in enumerate(zip(asked, raters, strict=True)):
+    for index, ((prompt, pair), rater) in enumerate(zip(answers, raters, strict=True)):
         comparison, subject = f"comparison-{index}", stores.subjects.pseudonym("default", rater.id)
-        shown = [(policy.decode(reply.tokens), reply.finished) for reply in replies[2 * index : 2 * index + 2]]
-        (a, done_a), (b, done_b) = shown
+        (a, done_a), (b, done_b) = pair
         opinions: list[tuple[str, Slot, str | None]] = [(comparison, "choice", rater.choose(prompt, a, b, done_a, done_b, rng))]
         sides: tuple[Side, Side] = ("a", "b")
-        for side, (answer, finished) in zip(sides, shown, strict=True):
+        for side, (answer, finished) in zip(sides, pair, strict=True):
             interaction = f"{comparison}-{side}"
-            events += _answered(stores, (interaction, comparison, side), (subject, rater.cohort), prompt, (answer, finished))
+            who = (subject, rater.cohort, example.name)
+            events += _answered(stores, (interaction, comparison, side), who, prompt, (answer, finished))
             opinions.append((interaction, "rating", rater.thumb(prompt, answer, finished, rng)))
         for target, slot, value in opinions:
             if value is not None and ratings != at_most:
@@ -54,8 +63,8 @@ def record(stores: Stores, example: Example, policy: Policy, comparisons: int, s
     return ratings
 
 
-def _answered(stores: Stores, about: tuple[str, str, Side], who: tuple[str, str], prompt: str, shown: tuple[str, bool]) -> list[Event]:
-    (interaction, comparison, side), (subject, cohort), (answer, finished) = about, who, shown
+def _answered(stores: Stores, about: tuple[str, str, Side], who: tuple[str, str, str], prompt: str, said: tuple[str, bool]) -> list[Event]:
+    (interaction, comparison, side), (subject, cohort, model), (answer, finished) = about, who, said
     return [
         InteractionStarted(
             event_id=f"started-{interaction}",
@@ -66,7 +75,7 @@ def _answered(stores: Stores, about: tuple[str, str, Side], who: tuple[str, str]
             source="simulated",
             comparison_id=comparison,
             side=side,
-            model="concierge",
+            model=model,
             adapter="0" * 64,
             sealed=stores.subjects.seal((subject,), StartedText(messages=[{"role": "user", "content": prompt}])),
         ),
@@ -82,10 +91,15 @@ def _answered(stores: Stores, about: tuple[str, str, Side], who: tuple[str, str]
 
 def turn(example: Example, comparisons: int, seed: int, settings: LearningSettings, folder: Path) -> tuple[CycleResult, int]:
     """Ratings of the base's answers by the example's raters, a snapshot, a cycle below `folder`; and how many ratings."""
-    policy = Policy.load(example.policy_dir(folder))
+    answers = shown(example, Policy.load(example.policy_dir(folder)), comparisons, seed)
+    return turn_on(example, answers, seed, settings, folder)
+
+
+def turn_on(example: Example, answers: Shown, seed: int, settings: LearningSettings, folder: Path) -> tuple[CycleResult, int]:
+    """The same on answers that were sampled already."""
     stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=folder)), "benchmark")
     try:
-        ratings = record(stores, example, policy, comparisons, seed)
+        ratings = record(stores, example, answers, seed)
         stores.ingest()
         made = snapshot.build(stores.archive, stores.subjects, folder / "snapshots")
     finally:

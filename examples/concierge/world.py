@@ -119,13 +119,18 @@ def _agreement(taste: Taste, scale: float) -> float:
     return float(np.concatenate(agreed).mean())
 
 
-def _calibrated(taste: Taste) -> Taste:
+def calibrated(taste: Taste) -> Taste:
     """The taste at the scale whose agreement is AGREEMENT, by bisection."""
     low, high = 0.01, 20.0
     for _ in range(40):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if _agreement(taste, middle) < AGREEMENT else (low, middle)
     return Taste(taste.weights, taste.optimum, taste.width, math.sqrt(low * high))
+
+
+def middling(taste: Taste) -> float:
+    """The utility that half of the base answers exceed."""
+    return float(np.median([taste(seen) for _, answers in base_answers() for seen in answers]))
 
 
 @dataclass(frozen=True)
@@ -169,10 +174,10 @@ class World:
         signs = rng.permutation([1.0, 1.0, 1.0, -1.0, -1.0])
         weights = {name: float(sign * rng.uniform(0.6, 1.4)) for name, sign in zip(liked[:4], signs, strict=False)}
         optimum = float(rng.uniform(1.5, 3.0)) if kind == "inside" else float(rng.uniform(6.0, 8.0))
-        self.taste = _calibrated(Taste(weights, optimum, width=1.6 if kind == "inside" else 4.0))
+        self.taste = calibrated(Taste(weights, optimum, width=1.6 if kind == "inside" else 4.0))
         self.divides = liked[4]
         """The habit that the cohorts disagree about; the population as a whole does not mind it."""
-        middle = float(np.median([self.taste(seen) for _, answers in base_answers() for seen in answers]))
+        middle = middling(self.taste)
         self.raters: list[Guest] = []
         for index in range(RATERS):
             cohort = COHORTS[index % 2]

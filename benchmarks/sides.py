@@ -1,0 +1,124 @@
+"""Two groups of raters with opposite styles, P and Q, on each shipped policy, and others of the same taste whom nobody asks.
+
+All want an answer that is right and to the point. In everything else Q dislikes what P likes, by rules that see only
+what base answers show, with noise: a choice agrees with the sign of its own utility 75 to 80 % of the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from examples import load
+from examples.base import Choice, Example, Rater, Thumb
+from examples.concierge.world import TIE, Guest, Taste, admissible, calibrated, middling
+from examples.smollm2.raters import traits
+
+SIDES = ("P", "Q")
+RATING, UNSEEN = 24, 12
+"""Raters of each side that are asked, and that only judge."""
+HABITS = 4
+WORDS = 48
+"""Of SmolLM2's answers a quarter have fewer; below, P likes each 8 words less as much as Q minds them."""
+WEIGHTS = (1.2, 1.4, 1.4, 1.4)
+SUBSTANCE = 2.0
+STRICTNESS = {"P": -2.3, "Q": 4.2}
+"""Half of the base's answers are better. Chosen on 276 of them: two steps show in 54 %, "you" in 81 %, "To ..." in 45 %."""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A policy and the raters of both sides."""
+
+    example: Example
+    asked: dict[str, Sequence[Rater]]
+    unseen: dict[str, Sequence[Rater]]
+
+    def rated_by(self, side: str) -> Example:
+        """The policy as this side rates it."""
+        return replace(self.example, raters=self.asked[side])
+
+    def judged_by(self, side: str) -> Example:
+        """The policy as those of this side judge it whose ratings trained nothing."""
+        return replace(self.example, raters=self.unseen[side])
+
+
+def _split(example: Example, people: dict[str, list[Rater]]) -> Sides:
+    return Sides(example, {s: people[s][:RATING] for s in SIDES}, {s: people[s][RATING:] for s in SIDES})
+
+
+def concierge(seed: int) -> Sides:
+    """Four habits drawn by seed: P likes two of them and minds two, Q the other way round. Both want the right fact and an end."""
+    rng = np.random.default_rng([seed, HABITS])
+    names = [str(name) for name in rng.choice(list(admissible()), size=HABITS, replace=False)]
+    weights = {name: sign * float(rng.uniform(0.6, 1.4)) for name, sign in zip(names, (1, 1, -1, -1), strict=True)}
+    people: dict[str, list[Rater]] = {}
+    for side, sign in zip(SIDES, (1.0, -1.0), strict=True):
+        # Nobody minds how many details there are: an optimum that both share would be a style that they agree about.
+        taste = calibrated(Taste({name: sign * weight for name, weight in weights.items()}, optimum=0.0, width=math.inf))
+        middle = middling(taste)
+        people[side] = []
+        for index in range(RATING + UNSEEN):
+            own = {name: weight + float(rng.normal(0, 0.15)) for name, weight in taste.weights.items()}
+            strictness = middle + float(rng.normal(0, 0.7))
+            people[side].append(Guest(f"sim-{side}-{index + 1:02d}", side, replace(taste, weights=own), strictness))
+    return _split(load("concierge", seed), people)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One simulated reader of SmolLM2's answers; an `examples.base.Rater`.
+
+    P likes what is brief and plain; Q what is full and practical: it says what it is for, speaks to the reader, gives
+    steps. Both want what was asked to be named and nothing said twice.
+    """
+
+    id: str
+    cohort: str
+    weights: tuple[float, float, float, float]
+    """Of words, steps, speaking to the reader and an opening that says what it is for; Q's are positive, P's negative."""
+    strictness: float
+    """Utility at which a thumb is as likely up as down."""
+
+    def utility(self, prompt: str, answer: str, finished: bool) -> float:
+        """How much this person likes the answer, without noise; a difference of 1 wins 73 % of the time."""
+        seen = traits(prompt, answer, finished)
+        style = (
+            max(-3.0, min(1.0, (seen.words - WORDS) / 8)),
+            min(seen.steps, 2) / 2,
+            float(seen.addresses),
+            float(answer.startswith("To ")),
+        )
+        return SUBSTANCE * (min(seen.named, 0.75) - seen.repeats) + sum(w * s for w, s in zip(self.weights, style, strict=True))
+
+    def thumb(self, prompt: str, answer: str, finished: bool, rng: np.random.Generator) -> Thumb | None:
+        """Every tenth time none, because people do not always bother."""
+        if rng.random() < 0.1:
+            return None
+        return "up" if self.utility(prompt, answer, finished) + rng.logistic() > self.strictness else "down"
+
+    def choose(self, prompt: str, a: str, b: str, finished_a: bool, finished_b: bool, rng: np.random.Generator) -> Choice:
+        """Bradley-Terry; a tie when too close to tell, both bad when even the better one is far below a thumb up."""
+        utilities = self.utility(prompt, a, finished_a), self.utility(prompt, b, finished_b)
+        if max(utilities) + rng.logistic() < self.strictness - 3.0:
+            return "both_bad"
+        difference = utilities[0] - utilities[1] + rng.logistic()
+        if abs(difference) < TIE:
+            return "tie"
+        return "a" if difference > 0 else "b"
+
+
+def smollm2(seed: int) -> Sides:
+    """Each reader weighs a little differently."""
+    rng = np.random.default_rng([seed, len(WEIGHTS)])
+    people: dict[str, list[Rater]] = {}
+    for side, sign in zip(SIDES, (-1.0, 1.0), strict=True):
+        people[side] = []
+        for index in range(RATING + UNSEEN):
+            weights = tuple(sign * weight * float(rng.uniform(0.8, 1.2)) for weight in WEIGHTS)
+            strictness = STRICTNESS[side] + float(rng.normal(0, 0.7))
+            people[side].append(Reader(f"sim-{side}-{index + 1:02d}", side, weights, strictness))  # type: ignore[arg-type]
+    return _split(load("smollm2", seed), people)
