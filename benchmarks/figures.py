@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import crossover_plot
 from benchmarks.harness import FOLDER, ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "figures.md"
+DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {"crossover": crossover_plot.draw}
+"""Results that are also drawn, and how."""
 
 
 def collect(fresh: Path, kept: Path) -> list[dict[str, Any]]:
@@ -72,6 +76,9 @@ def main() -> int:
     results = collect(FOLDER, RESULTS)
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(results), encoding="utf-8")
+    for result in results:
+        if draw := DRAWN.get(result["name"]):
+            (PAGE.parent / f"{result['name']}.svg").write_text(draw(result), encoding="utf-8")
     print(f"{PAGE.relative_to(ROOT)}: {len(results)} benchmarks")
     return 0
 

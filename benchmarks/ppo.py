@@ -137,7 +137,9 @@ class Runs:
 def summary(runs: list[dict[str, Any]], rollouts: int) -> dict[str, float]:
     """Of a contestant's processes: samples a second, seconds of an iteration's stages, peak memory above the imports."""
     iterations = [row for each in runs for row in each["iterations"]]
-    stages = {name: fmean(row.get(name, 0.0) for row in iterations) for name in ("generate_s", "score_s", "train_s", "reply_tokens", "score")}
+    stages = {
+        name: fmean(row.get(name, 0.0) for row in iterations) for name in ("generate_s", "score_s", "train_s", "reply_tokens", "score")
+    }
     return {
         "samples_per_s": median(rollouts * len(each["iterations"]) / each["work_s"] for each in runs),
         "memory_mb": max(each["memory_mb"] for each in runs),
@@ -181,7 +183,9 @@ def to_target(runs: Runs) -> dict[str, dict[str, object]]:
         rates[name] = min(tuned, key=lambda rate: tuned[rate])
         found[name] = {"learning_rate": rates[name], "tuning_s": {str(rate): shown(seconds) for rate, (seconds, _) in tuned.items()}}
     # One world after the other, so that contestants alternate.
-    by_world = {world: {name: next(until_target(runs, name, rates[name], range(world, world + 1))) for name in CONTESTANTS} for world in WORLDS}
+    by_world = {
+        world: {name: next(until_target(runs, name, rates[name], range(world, world + 1))) for name in CONTESTANTS} for world in WORLDS
+    }
     for name in CONTESTANTS:
         seconds = [each[name][0] for each in by_world.values()]
         last = [each[name][1]["iterations"][-1] for each in by_world.values()]
@@ -231,17 +235,23 @@ def check_speed(report: Report, found: Mapping[str, Mapping[str, float]]) -> Non
         ratio = ours["memory_mb"] / trl_ppo["memory_mb"]
         report.check(f"peak memory above the imports, {what}, over TRL's PPO", ratio, at_most=10.0 if loose else 0.5)
     report.check("samples/s, our RLOO over TRL's", rloo["samples_per_s"] / trl_rloo["samples_per_s"], at_least=0.0 if loose else 1.2)
-    report.check("peak memory above the imports, our RLOO over TRL's", rloo["memory_mb"] / trl_rloo["memory_mb"], at_most=10.0 if loose else 1.0)
+    report.check(
+        "peak memory above the imports, our RLOO over TRL's", rloo["memory_mb"] / trl_rloo["memory_mb"], at_most=10.0 if loose else 1.0
+    )
 
 
 def check_target(report: Report, runs: Runs, found: Mapping[str, Mapping[str, object]]) -> None:
     for name in ("ours, adapter critic", "ours, head critic"):
         report.check(f"worlds of {len(WORLDS)} whose target was reached, {name}", float(str(found[name]["reached"])), at_least=len(WORLDS))
-        report.check(f"seconds to the target, TRL's PPO over {name}", over(found["TRL PPO"]["median_s"], found[name]["median_s"]), at_least=1.0)
+        report.check(
+            f"seconds to the target, TRL's PPO over {name}", over(found["TRL PPO"]["median_s"], found[name]["median_s"]), at_least=1.0
+        )
     rate = found[CONTROL]["learning_rate"]
     assert isinstance(rate, float)
     exchanged = [seconds for seconds, _ in until_target(runs, CONTROL, rate, WORLDS, shuffle_reward=True)]
-    report.control("our PPO with the rewards of replies exchanged does not reach the target", caught=all(s == float("inf") for s in exchanged))
+    report.control(
+        "our PPO with the rewards of replies exchanged does not reach the target", caught=all(s == float("inf") for s in exchanged)
+    )
 
 
 def main() -> int:
