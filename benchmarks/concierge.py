@@ -19,9 +19,14 @@ from feedback.stores import Stores, open_stores
 from trainer.cycle import CycleResult, run_cycle
 from trainer.evaluation import Sampling, sample
 from trainer.policy import Policy
+from trainer.ppo import Score, Warmup
 from trainer.reply import Reply
 from trainer.schedule import Job, LearningSettings
 
+CLIP = 4.0
+"""Of scores, in sd."""
+KNOWN_SAMPLES = 4
+"""Answers of the base to each prompt, which give a known preference its zero and its unit."""
 SAMPLES = 8
 """Answers of each policy to a held-out prompt; every one is compared with every one."""
 
@@ -150,3 +155,20 @@ class Judge:
             sides.append(self.utilities(each, replies).reshape(len(asked), SAMPLES))
         gaps_QSS = sides[0][:, :, None] - sides[1][:, None]
         return float((gaps_QSS > 0).float().mean() + 0.5 * (gaps_QSS == 0).float().mean())
+
+    def reward(self, seed: int) -> tuple[Score, Warmup]:
+        """The preference itself as a score, and scored answers of the base: the prompt's own zero and one unit for all."""
+        example = self.example
+        how = Sampling(example.system_prompt, example.temperature, example.max_tokens, KNOWN_SAMPLES, seed)
+        each = [prompt for prompt in example.prompts for _ in range(KNOWN_SAMPLES)]
+        base = sample(self.policy, example.prompts, how, reference=True)
+        by_prompt_QS = self.utilities(each, base).reshape(-1, KNOWN_SAMPLES)
+        unit = float(by_prompt_QS.var(1).mean().sqrt())
+        text_of = {reply.prompt: prompt for reply, prompt in zip(base, each, strict=True)}
+        zero_of = {reply.prompt: float(by_prompt_QS[i // KNOWN_SAMPLES].mean()) for i, reply in enumerate(base)}
+
+        def score(replies: list[Reply], _: Tensor) -> Tensor:
+            raw_B = self.utilities([text_of[reply.prompt] for reply in replies], replies)
+            return ((raw_B - torch.tensor([zero_of[reply.prompt] for reply in replies])) / unit).clamp(-CLIP, CLIP)
+
+        return score, Warmup(base, score(base, torch.empty(0)))

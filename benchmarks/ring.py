@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.concierge import Judge, turn
 from benchmarks.harness import Report, quick, refusals
@@ -27,10 +26,8 @@ from examples import load
 from examples.concierge.world import World
 from examples.ring import PPO
 from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
-from trainer.evaluation import Sampling, sample
 from trainer.policy import Policy
 from trainer.ppo import train
-from trainer.reply import Reply
 from trainer.schedule import LearningSettings
 from trainer.stages import read_json
 
@@ -38,7 +35,6 @@ WORLDS, SEALED_WORLDS, SEEDS = range(5), range(100, 110), range(2)
 COMPARISONS, QUICK_COMPARISONS = 180, 48
 """With thumbs on both answers, about 500 ratings; and what a quick run makes do with."""
 QUICK_ITERATIONS = 3
-CLIP = 4.0
 
 
 def learned(world: int, seed: int, *, shuffled: bool) -> dict[str, Any]:
@@ -68,22 +64,10 @@ def oracle(world: int, seed: int, kl_target_nats: float) -> dict[str, Any]:
     example = load("concierge", world)
     policy = Policy.load(example.policy_dir(Path()), seed=seed)
     judge = Judge(World(world).utility, example, policy)
-    how = Sampling(example.system_prompt, example.temperature, example.max_tokens, 4, seed)
-    each = [prompt for prompt in example.prompts for _ in range(how.samples)]
-    replies = sample(policy, example.prompts, how, reference=True)
-    by_prompt_QS = judge.utilities(each, replies).reshape(-1, how.samples)
-    # The prompt's own zero and one unit for all, as the reward model's scores have.
-    unit = float(by_prompt_QS.var(1).mean().sqrt())
-    text_of = {reply.prompt: prompt for reply, prompt in zip(replies, each, strict=True)}
-    zero_of = {reply.prompt: float(by_prompt_QS[i // how.samples].mean()) for i, reply in enumerate(replies)}
-
-    def score(replies: list[Reply], _: Tensor) -> Tensor:
-        raw_B = judge.utilities([text_of[reply.prompt] for reply in replies], replies)
-        zeros_B = torch.tensor([zero_of[reply.prompt] for reply in replies])
-        return ((raw_B - zeros_B) / unit).clamp(-CLIP, CLIP)
-
+    score, base = judge.reward(seed)
+    prompts = list(dict.fromkeys(reply.prompt for reply in base.replies))
     settings = _ppo().model_copy(update={"kl_target_nats": kl_target_nats})
-    result = train(policy, list(text_of), score, settings, max_tokens=example.max_tokens, temperature=example.temperature, seed=seed)
+    result = train(policy, prompts, score, settings, max_tokens=example.max_tokens, temperature=example.temperature, seed=seed)
     return {"wins": judge.wins(policy, seed), "kl_nats": result.steps[result.released].kl_nats}
 
 

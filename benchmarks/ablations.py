@@ -1,0 +1,199 @@
+"""What PPO's parts are worth on the concierge: RLOO and a cold critic in its place, and an engine that misreports what it sampled.
+
+    make bench-ablations             worlds 0-4; finished cells are kept, so an interrupted run goes on
+    QUICK=1 make bench-ablations     one world, two iterations: shows that it runs, too short to conclude from
+
+The hidden preference itself is the reward, so nothing but the optimiser differs. W is how often an answer of the released
+adapter beats the base's by that preference, on prompts that were not trained on.
+
+An engine's log-probabilities are wrong by normal noise, or are those before the temperature. The trainer computes them
+again and weighs tokens by how much the two differ. The broken variant, which must be caught, trusts the engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.concierge import Judge
+from benchmarks.harness import Report, quick
+from examples import load
+from examples.concierge.world import World
+from examples.ring import PPO
+from trainer.config import PPOSettings
+from trainer.losses import importance_weights
+from trainer.policy import Policy
+from trainer.ppo import Options, train
+from trainer.reply import Reply
+from trainer.rollouts import LocalRollouts, Sampled
+
+WORLDS = range(5)
+ITERATIONS, ROLLOUTS = 12, 96
+MISMATCH_TEMPERATURE = 0.7
+SMALL, LARGE = 0.1, 1.5
+"""Noise of the reported log-probabilities, nats a token; weights exp(noise) keep exp(-noise²) of the sample: 0.99 and 0.11."""
+ALARM = 0.3
+"""Effective share of the sample below which an engine is not believed."""
+
+
+def effective_share(weights_N: Tensor) -> float:
+    """Effective sample size of weighted tokens by their number (Kish 1965): 1 where all weigh the same."""
+    return float(weights_N.sum().square() / (len(weights_N) * weights_N.square().sum()))
+
+
+class Trusting(Policy):
+    """The broken variant: takes the engine's log-probabilities for its own instead of computing them again."""
+
+    reported_BT: Tensor | None = None
+
+    @torch.no_grad()
+    def passes(
+        self, replies: Sequence[Reply], temperature: float, groups: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        own_BT, *rest = super().passes(replies, temperature, groups)
+        reported = groups is not None and self.reported_BT is not None  # PPO names its groups where it wants the old policy
+        return (self.reported_BT if reported else own_BT, *rest)  # type: ignore[return-value]
+
+
+@dataclass
+class Misreporting:
+    """Samples from the policy and reports log-probabilities with normal noise, or those before the temperature; a `Rollouts`."""
+
+    policy: Policy
+    noise: float = 0.0
+    raw: bool = False
+    effective: list[float] = field(default_factory=list)
+    """Of each call, the effective share of its tokens under weights without a cap."""
+
+    def sample(self, prompts: Sequence[tuple[int, ...]], *, max_tokens: int, temperature: float, seed: int) -> Sampled:
+        replies = LocalRollouts(self.policy).sample(prompts, max_tokens=max_tokens, temperature=temperature, seed=seed).replies
+        true_BT, mask_BT = self.policy.logprobs(replies, temperature)
+        said_BT = self.policy.logprobs(replies, 1.0)[0] if self.raw else true_BT
+        drawn_BT = torch.randn(said_BT.shape, generator=torch.Generator().manual_seed(seed))
+        said_BT = said_BT + self.noise * drawn_BT * mask_BT
+        self.effective.append(effective_share(importance_weights(true_BT, said_BT, math.inf)[mask_BT.bool()]))
+        if isinstance(self.policy, Trusting):
+            self.policy.reported_BT = said_BT
+            return Sampled(replies)
+        return Sampled(replies, said_BT)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train."""
+
+    algorithm: str = "ppo"
+    warm: bool = True
+    noise: float = 0.0
+    raw: bool = False
+    trusting: bool = False
+    reports: bool = False
+    """Whether an engine says how likely its tokens were; without one PPO needs no weights."""
+
+
+ALGORITHMS = {"PPO": Arm(), "RLOO": Arm("rloo"), "PPO, cold critic": Arm(warm=False)}
+MISMATCHES = {
+    "exact": Arm(reports=True),
+    "small noise": Arm(reports=True, noise=SMALL),
+    "large noise": Arm(reports=True, noise=LARGE),
+    "before the temperature": Arm(reports=True, raw=True),
+    "small noise, trusted": Arm(reports=True, noise=SMALL, trusting=True),
+    "large noise, trusted": Arm(reports=True, noise=LARGE, trusting=True),
+    "before the temperature, trusted": Arm(reports=True, raw=True, trusting=True),
+}
+
+
+def trained(arm: Arm, world: int, temperature: float) -> dict[str, Any]:
+    """One run of this arm, and its W."""
+    example = replace(load("concierge", world), temperature=temperature)
+    policy = (Trusting if arm.trusting else Policy).load(example.policy_dir(Path()), seed=world)
+    judge = Judge(World(world).utility, example, policy)
+    score, warmup = judge.reward(world)
+    size = {"iterations": 2, "rollouts": 32} if quick() else {"iterations": ITERATIONS, "rollouts": ROLLOUTS}
+    settings = PPOSettings.model_validate(PPO["concierge"] | size | {"algorithm": arm.algorithm})
+    rollouts = Misreporting(policy, arm.noise, arm.raw) if arm.reports else None
+    result = train(
+        policy,
+        list(dict.fromkeys(reply.prompt for reply in warmup.replies)),
+        score,
+        settings,
+        max_tokens=example.max_tokens,
+        temperature=temperature,
+        seed=world,
+        options=Options(rollouts=rollouts, warmup=warmup if arm.warm else None),
+    )
+    released = result.steps[result.released]
+    return {
+        "wins": judge.wins(policy, world),
+        "kl_nats": released.kl_nats,
+        "scores": [round(step.score, 4) for step in result.steps],
+        "explained_variance": [round(step.explained_variance, 3) for step in result.steps],
+        "first_ratio_deviation": max(step.first_ratio_deviation for step in result.steps),
+        "clipfrac": mean(step.clipfrac for step in result.steps),
+        "effective_share": mean(rollouts.effective) if rollouts else None,
+        "stopped_because": result.stopped_because,
+    }
+
+
+def gap(better: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Mean and sd over worlds of the paired difference; a single world has no sd."""
+    gaps = [a - b for a, b in zip(better, other, strict=True)]
+    return mean(gaps), stdev(gaps) if len(gaps) > 1 else math.inf
+
+
+def pace(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[float]:
+    """Mean score over the iterations that both arms had in each world: who learns faster has more."""
+    return [mean(row["scores"][: min(len(row["scores"]), len(other["scores"]))]) for row, other in zip(rows, others, strict=True)]
+
+
+def concluded(report: Report, found: dict[str, list[dict[str, Any]]]) -> int:
+    """The checks; a quick run hardly moves, so of its W it asks nothing."""
+
+    def wins(name: str) -> list[float]:
+        return [float(row["wins"]) for row in found[name]]
+
+    def slower(name: str, than: str) -> float:
+        return gap(pace(found[than], found[name]), pace(found[name], found[than]))[0]
+
+    difference, spread = gap(wins("PPO"), wins("RLOO"))
+    report.check("PPO and RLOO: difference of W by its sd over worlds", abs(difference) / spread, at_most=1.0)
+    cold = slower("PPO, cold critic", "PPO")
+    report.check("what a warm critic adds to the score, mean over iterations, sd", cold, at_least=-10.0 if quick() else 0.0)
+    difference, spread = gap(wins("exact"), wins("small noise"))
+    report.check("small noise, weighted: W lost, by its sd over worlds", difference / spread, at_most=1.0)
+    again = [row["first_ratio_deviation"] for name in ("small noise", "large noise", "before the temperature") for row in found[name]]
+    report.check("computed again: largest |first ratio - 1|", max(again), at_most=1e-6)
+    effective = {name: [float(row["effective_share"]) for row in found[name]] for name in MISMATCHES}
+    report.check("effective share, small noise", min(effective["small noise"]), at_least=ALARM)
+    report.check("effective share, large noise: the alarm fires", max(effective["large noise"]), at_most=ALARM)
+    trusted = "large noise, trusted"
+    off = min(row["first_ratio_deviation"] for row in found[trusted]) > 0.1
+    caught = off and (quick() or slower(trusted, "exact") > 0)
+    report.control("an engine trusted with large noise: the first ratio is not 1, and learning is slower", caught=caught)
+    slow = {name: slower(name, "exact") for name in MISMATCHES}
+    return report.finish({"arms": found, "slower_than_exact": slow})
+
+
+def main() -> int:
+    torch.set_num_threads(1)  # so small a model gains little from a second one, and two runs fit on two cores
+    report = Report("ablations", seed=0, rooms=("trainer", "examples/concierge"))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for arms, temperature in ((ALGORITHMS, 1.0), (MISMATCHES, MISMATCH_TEMPERATURE)):
+        for name, arm in arms.items():
+            found[name] = []
+            for world in WORLDS[:1] if quick() else WORLDS:
+                key = {"arm": name, "world": world, "quick": quick()}
+                found[name].append(report.cells.get(key, lambda a=arm, w=world, t=temperature: trained(a, w, t)))  # type: ignore[misc]
+            report.say(f"{name}: W " + " ".join(f"{row['wins']:.2f}" for row in found[name]))
+    return concluded(report, found)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

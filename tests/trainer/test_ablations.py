@@ -1,0 +1,69 @@
+"""An engine that misreports what it sampled, in small; `make bench-ablations` is the large form."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from trainer_world import tiny_policy
+
+from benchmarks.ablations import LARGE, SMALL, Misreporting, Trusting, effective_share
+from trainer.budget import Result
+from trainer.config import PPOSettings
+from trainer.policy import Policy
+from trainer.ppo import Options, train
+from trainer.reply import Reply
+
+PROMPTS = [(2, i, i + 1, 3) for i in range(6, 26)]
+TEMPERATURE = 0.7
+SETTINGS = PPOSettings(iterations=6, rollouts=32, minibatch=8, learning_rate=3e-3, kl_target_nats=4.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+def low_words(replies: list[Reply], _: Tensor) -> Tensor:
+    """Likes the first half of the vocabulary; from -4 to 4."""
+    return torch.tensor([8 * sum(t < 32 for t in reply.tokens) / len(reply.tokens) - 4 for reply in replies])
+
+
+def run(folder: Path, *, noise: float = 0.0, raw: bool = False, trusting: bool = False, **changes: object) -> tuple[Result, Misreporting]:
+    policy = (Trusting if trusting else Policy).load(folder)
+    engine = Misreporting(policy, noise, raw)
+    settings = SETTINGS.model_copy(update=changes)
+    return train(policy, PROMPTS, low_words, settings, max_tokens=8, temperature=TEMPERATURE, options=Options(rollouts=engine)), engine
+
+
+def off(result: Result) -> float:
+    return max(step.first_ratio_deviation for step in result.steps)
+
+
+def test_effective_share_by_hand() -> None:
+    assert effective_share(torch.ones(5)) == pytest.approx(1.0, abs=1e-6)
+    # (1 + 3)² / (2·(1 + 9)) = 16 / 20
+    assert effective_share(torch.tensor([1.0, 3.0])) == pytest.approx(0.8, abs=1e-6)
+
+
+def test_a_trusted_engine_breaks_the_ratio_and_one_that_is_computed_again_does_not(folder: Path) -> None:
+    for wrong in ({"noise": SMALL}, {"noise": LARGE}, {"raw": True}):
+        assert off(run(folder, iterations=1, **wrong)[0]) <= 1e-6  # type: ignore[arg-type]
+        assert off(run(folder, iterations=1, trusting=True, **wrong)[0]) > 0.1  # type: ignore[arg-type]
+
+
+def test_the_effective_share_tells_small_noise_from_large(folder: Path) -> None:
+    small, large = (run(folder, noise=noise, iterations=1)[1].effective[0] for noise in (SMALL, LARGE))
+    # 256 tokens scatter around exp(-s²): 0.99 and 0.11.
+    assert small == pytest.approx(math.exp(-(SMALL**2)), abs=0.02)
+    assert large < 0.3
+
+
+@pytest.mark.slow
+def test_small_noise_is_repaired_and_large_noise_that_is_trusted_slows(folder: Path) -> None:
+    exact, small, trusted = (run(folder, **how)[0].steps[-1].score for how in ({}, {"noise": SMALL}, {"noise": LARGE, "trusting": True}))  # type: ignore[arg-type]
+    assert small == pytest.approx(exact, abs=1.0)  # scores go from -4 to 4
+    assert trusted < exact - 1.0
