@@ -31,7 +31,6 @@ from trainer.config import PPOSettings
 from trainer.losses import importance_weights
 from trainer.policy import Policy
 from trainer.ppo import Options, train
-from trainer.reply import Reply
 from trainer.rollouts import LocalRollouts, Sampled
 
 WORLDS = range(5)
@@ -53,13 +52,10 @@ class Trusting(Policy):
 
     reported_BT: Tensor | None = None
 
-    @torch.no_grad()
-    def passes(
-        self, replies: Sequence[Reply], temperature: float, groups: Sequence[Sequence[int]] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        own_BT, *rest = super().passes(replies, temperature, groups)
-        reported = groups is not None and self.reported_BT is not None  # PPO names its groups where it wants the old policy
-        return (self.reported_BT if reported else own_BT, *rest)  # type: ignore[return-value]
+    def passes(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        own_BT, *rest = super().passes(*args, **kwargs)
+        believed_BT = own_BT if self._adapter_off or self.reported_BT is None else self.reported_BT
+        return (believed_BT, *rest)  # type: ignore[return-value]
 
 
 @dataclass
@@ -74,6 +70,8 @@ class Misreporting:
 
     def sample(self, prompts: Sequence[tuple[int, ...]], *, max_tokens: int, temperature: float, seed: int) -> Sampled:
         replies = LocalRollouts(self.policy).sample(prompts, max_tokens=max_tokens, temperature=temperature, seed=seed).replies
+        if isinstance(self.policy, Trusting):
+            self.policy.reported_BT = None
         true_BT, mask_BT = self.policy.logprobs(replies, temperature)
         said_BT = self.policy.logprobs(replies, 1.0)[0] if self.raw else true_BT
         drawn_BT = torch.randn(said_BT.shape, generator=torch.Generator().manual_seed(seed))
