@@ -51,8 +51,8 @@ def test_effective_share_by_hand() -> None:
 
 def test_a_trusted_engine_breaks_the_ratio_and_one_that_is_computed_again_does_not(folder: Path) -> None:
     for wrong in ({"noise": SMALL}, {"noise": LARGE}, {"raw": True}):
-        assert off(run(folder, iterations=1, **wrong)[0]) <= 1e-6  # type: ignore[arg-type]
-        assert off(run(folder, iterations=1, trusting=True, **wrong)[0]) > 0.1  # type: ignore[arg-type]
+        assert off(run(folder, iterations=1, **wrong)[0]) <= 1e-6
+        assert off(run(folder, iterations=1, trusting=True, **wrong)[0]) > 0.1
 
 
 def test_the_effective_share_tells_small_noise_from_large(folder: Path) -> None:
