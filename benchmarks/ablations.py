@@ -13,6 +13,7 @@ again and weighs tokens by how much the two differ. The broken variant, which mu
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,23 +29,15 @@ from examples import load
 from examples.concierge.world import World
 from examples.ring import PPO
 from trainer.config import PPOSettings
-from trainer.losses import importance_weights
 from trainer.policy import Policy
 from trainer.ppo import Options, train
-from trainer.rollouts import LocalRollouts, Sampled
+from trainer.rollouts import LocalRollouts, Sampled, alarms
 
 WORLDS = range(5)
 ITERATIONS, ROLLOUTS = 12, 96
 MISMATCH_TEMPERATURE = 0.7
 SMALL, LARGE = 0.1, 1.5
 """Noise of the reported log-probabilities, nats a token; weights exp(noise) keep exp(-noise²) of the sample: 0.99 and 0.11."""
-ALARM = 0.3
-"""Effective share of the sample below which an engine is not believed."""
-
-
-def effective_share(weights_N: Tensor) -> float:
-    """Effective sample size of weighted tokens by their number (Kish 1965): 1 where all weigh the same."""
-    return float(weights_N.sum().square() / (len(weights_N) * weights_N.square().sum()))
 
 
 class Trusting(Policy):
@@ -65,8 +58,8 @@ class Misreporting:
     policy: Policy
     noise: float = 0.0
     raw: bool = False
-    effective: list[float] = field(default_factory=list)
-    """Of each call, the effective share of its tokens under weights without a cap."""
+    heard: list[tuple[str, ...]] = field(default_factory=list)
+    """Of each call, the alarms that a trainer hears who knows better."""
 
     def sample(self, prompts: Sequence[tuple[int, ...]], *, max_tokens: int, temperature: float, seed: int) -> Sampled:
         replies = LocalRollouts(self.policy).sample(prompts, max_tokens=max_tokens, temperature=temperature, seed=seed).replies
@@ -76,7 +69,7 @@ class Misreporting:
         said_BT = self.policy.logprobs(replies, 1.0)[0] if self.raw else true_BT
         drawn_BT = torch.randn(said_BT.shape, generator=torch.Generator().manual_seed(seed))
         said_BT = said_BT + self.noise * drawn_BT * mask_BT
-        self.effective.append(effective_share(importance_weights(true_BT, said_BT, math.inf)[mask_BT.bool()]))
+        self.heard.append(alarms(true_BT, said_BT, mask_BT))
         if isinstance(self.policy, Trusting):
             self.policy.reported_BT = said_BT
             return Sampled(replies)
@@ -135,9 +128,15 @@ def trained(arm: Arm, world: int, temperature: float) -> dict[str, Any]:
         "explained_variance": [round(step.explained_variance, 3) for step in result.steps],
         "first_ratio_deviation": max(step.first_ratio_deviation for step in result.steps),
         "clipfrac": mean(step.clipfrac for step in result.steps),
-        "effective_share": mean(rollouts.effective) if rollouts else None,
+        "alarms": sorted({_kind(words) for heard in rollouts.heard for words in heard}) if rollouts else [],
+        "alarmed": mean(bool(heard) for heard in rollouts.heard) if rollouts else 0.0,
         "stopped_because": result.stopped_because,
     }
+
+
+def _kind(words: str) -> str:
+    """An alarm without its figures."""
+    return re.split(r" -?\d", words)[0]
 
 
 def gap(better: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
@@ -168,9 +167,11 @@ def concluded(report: Report, found: dict[str, list[dict[str, Any]]]) -> int:
     report.check("small noise, weighted: W lost, by its sd over worlds", difference / spread, at_most=1.0)
     again = [row["first_ratio_deviation"] for name in ("small noise", "large noise", "before the temperature") for row in found[name]]
     report.check("computed again: largest |first ratio - 1|", max(again), at_most=1e-6)
-    effective = {name: [float(row["effective_share"]) for row in found[name]] for name in MISMATCHES}
-    report.check("effective share, small noise", min(effective["small noise"]), at_least=ALARM)
-    report.check("effective share, large noise: the alarm fires", max(effective["large noise"]), at_most=ALARM)
+    alarmed = {name: [float(row["alarmed"]) for row in found[name]] for name in MISMATCHES}
+    report.check("share of iterations with an alarm, small noise", max(alarmed["small noise"]), at_most=0.0)
+    report.check("share of iterations with an alarm, large noise", min(alarmed["large noise"]), at_least=1.0)
+    heard = {alarm for row in found["large noise"] for alarm in row["alarms"]}
+    report.check("large noise is heard as a small effective sample", float("effective sample size" in heard), at_least=1)
     trusted = "large noise, trusted"
     off = min(row["first_ratio_deviation"] for row in found[trusted]) > 0.1
     caught = off and (quick() or slower(trusted, "exact") > 0)

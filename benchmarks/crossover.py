@@ -49,7 +49,7 @@ def settings_for(policy: str, seed: int, *, shuffled: bool) -> LearningSettings:
     if quick():
         ppo |= {"iterations": 3, "rollouts": 32}
         reward = RewardModelSettings(maps=("linear",), ridges=(0.3, 1.0, 3.0), folds=2, grid_extensions=0)
-    cycle = CycleSettings(seed=seed, shuffle_labels=shuffled)
+    cycle = CycleSettings(seed=seed, seeds=1, shuffle_labels=shuffled)
     return LearningSettings(reward_model=reward, ppo=PPOSettings.model_validate(ppo), cycle=cycle)
 
 
