@@ -16,10 +16,11 @@ from feedback import snapshot
 from feedback.config import FeedbackSettings, Settings
 from feedback.events import Event, FeedbackGiven, FinishedText, InteractionFinished, InteractionStarted, Side, Slot, StartedText
 from feedback.stores import Stores, open_stores
+from trainer.critic import Warmup
 from trainer.cycle import CycleResult, run_cycle
 from trainer.evaluation import Sampling, sample
 from trainer.policy import Policy
-from trainer.ppo import Score, Warmup
+from trainer.ppo import Score
 from trainer.reply import Reply
 from trainer.schedule import Job, LearningSettings
 

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.concierge import Judge, job_of, record
+from benchmarks.concierge import Judge, job_of, record, shown
 from benchmarks.harness import FOLDER, Report, quick
 from benchmarks.peers.worker import Worker
 from examples import load
@@ -110,7 +110,7 @@ def log(world: int, labels: int, folder: Path) -> Log:
     example = load("concierge", world)
     stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=folder)), "benchmark")
     try:
-        found = record(stores, example, Policy.load(example.policy_dir(folder)), COMPARISONS, world, at_most=labels)
+        found = record(stores, example, shown(example, Policy.load(example.policy_dir(folder)), COMPARISONS, world), world, at_most=labels)
         assert found == labels, f"{COMPARISONS} comparisons gave only {found} of {labels} ratings"
         stores.ingest()
         made = snapshot.build(stores.archive, stores.subjects, folder / "snapshots")

@@ -32,10 +32,11 @@ from examples.ring import PPO
 from feedback.snapshot import Outcome, Row
 from trainer.budget import Run, Step
 from trainer.config import PPOSettings, RewardModelSettings
+from trainer.critic import Warmup
 from trainer.evaluation import Sampling, sample
 from trainer.labels import Labels, features_of, from_snapshot
 from trainer.policy import Policy
-from trainer.ppo import Options, Score, Warmup, train
+from trainer.ppo import Options, Score, train
 from trainer.reply import Reply
 from trainer.reward_model import fit
 from trainer.score import Normaliser, Scorer

@@ -26,7 +26,7 @@ from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
 from trainer.feature_map import FeatureMap
 from trainer.labels import Labels
-from trainer.reply import Reply, by_length
+from trainer.reply import Reply, by_tokens
 from trainer.ridge import CrossFit, Parameters, Problem, build_problem, described, minimise, one_thread, prompt_features
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ BATCH = 32
 MICROBATCH = 4
 """Ratings whose answers' activations exist at once."""
 
-READING = 16
-"""Answers in one pass without gradients."""
+READING = 2048
+"""Tokens in one pass without gradients."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _read(policy: Policy, name: str, replies: Sequence[Reply]) -> Tensor:
     """The backbone's final state after each reply's last token, with this adapter on; B x D."""
     last_BD = torch.zeros(len(replies), policy.hidden_size)
     with policy.using(name):
-        for group in by_length(replies, READING):
+        for group in by_tokens(replies, READING):
             last_BD[torch.tensor(group)] = policy.hidden([replies[i] for i in group])[2]
     return last_BD
 

@@ -22,7 +22,7 @@ from trainer.budget import kl_budget
 from trainer.cycle import use_threads
 from trainer.labels import check, usable
 from trainer.policy import Policy
-from trainer.reply import Reply
+from trainer.reply import by_tokens
 from trainer.schedule import Job, LearningSettings, begun, cycle_id, ratings_now, ratings_then
 from trainer.screening import Prompts, of_another_base, prompts_of, within_context
 from trainer.stages import two_models
@@ -137,7 +137,7 @@ def _probe(policy: Policy, prompts: Sequence[tuple[int, ...]], job: Job, setting
     generated = time.perf_counter()
     policy.features(replies)
     read = time.perf_counter()
-    some: list[Reply] = replies[: settings.ppo.microbatch]
+    some = [replies[i] for i in by_tokens(replies, settings.ppo.microbatch_tokens)[0]]
     states_BTD, mask_BT, _ = policy.hidden(some)
     torch.autograd.grad(policy.token_logprobs(states_BTD, mask_BT, some, job.temperature).sum(), policy.parameters)
     return Costs(

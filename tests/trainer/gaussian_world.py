@@ -15,7 +15,8 @@ from torch import Tensor
 
 from trainer.config import RewardModelSettings
 from trainer.labels import Choices, Labels, Thumbs
-from trainer.reward_model import POSTERIOR_PENALTY, RewardModel, fit
+from trainer.reward_model import RewardModel, fit
+from trainer.score import POSTERIOR_PENALTY
 
 WIDTH, PROMPTS, RATERS, STEP = 8, 24, 12, 0.25
 TURN, FALL = 1.0, 0.6
@@ -82,7 +83,8 @@ def expected_score(model: RewardModel, m_D: Tensor) -> Tensor:
     """What PPO optimises: mean - 0.5 sd of the score from the base's mean, over 512 draws that are the same for every policy."""
     noise_BD = torch.randn(512, WIDTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     mean_B, sd_B = model.score_mapped(model.mapped(m_D + noise_BD) - model.mapped(noise_BD).mean(0))
-    return (mean_B - POSTERIOR_PENALTY * sd_B).mean()
+    expected: Tensor = (mean_B - POSTERIOR_PENALTY * sd_B).mean()
+    return expected
 
 
 def climb(model: RewardModel, start_D: Tensor, length: float) -> list[Tensor]:
