@@ -12,6 +12,7 @@ from torch import Tensor
 
 from feedback import files
 from feedback.errors import TrainingRefused
+from trainer import distributed
 from trainer.config import PPOSettings
 from trainer.critic import CRITIC, Critic
 from trainer.policy import Policy
@@ -37,6 +38,8 @@ class Step:
     generate_s: float = 0.0
     score_s: float = 0.0
     train_s: float = 0.0
+    alarms: tuple[str, ...] = ()
+    """What is wrong with replies that another engine sampled; see `rollouts.alarms`."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Run:
         return Result(self.steps, self.good[0], self.reason, self.target)
 
     def save(self, path: Path | None, policy: Policy, critic: Critic | None, optimiser: torch.optim.Optimizer) -> None:
-        if path is None:
+        if path is None or distributed.rank() > 0:
             return
         mine = {"identity": self.identity, "beta": self.beta, "target": self.target, "good": self.good, "best_stop": self.best_stop}
         adapters = policy.state() | policy.state(CRITIC)
@@ -145,9 +148,10 @@ class Run:
         files.replace(path, buffer.getvalue())
 
     def resume(self, path: Path | None, policy: Policy, critic: Critic | None, optimiser: torch.optim.Optimizer) -> bool:
-        if path is None or not path.is_file():
+        kept = distributed.from_first(path.read_bytes() if path is not None and path.is_file() else None)
+        if path is None or kept is None:
             return False
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(io.BytesIO(kept), weights_only=True, map_location="cpu")
         if state["identity"] != self.identity:
             raise TrainingRefused(
                 f"checkpoint {path.name}: it belongs to another run (settings, seed or prompts differ); remove it", field="checkpoint"

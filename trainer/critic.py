@@ -43,6 +43,7 @@ class Critic(torch.nn.Module):
         torch.nn.init.zeros_(self.linear.bias)
         self.register_buffer("mean_D", torch.zeros(policy.hidden_size))
         self.register_buffer("scale_D", torch.ones(policy.hidden_size))
+        self.to(policy.device)
         self.adapted = rank > 0
         if CRITIC in policy.model.peft_config:
             policy.model.delete_adapter(CRITIC)  # an earlier run's
@@ -70,7 +71,7 @@ class Critic(torch.nn.Module):
 
     def warm_up(self, warmup: Warmup, optimiser: torch.optim.Optimizer, minibatch: int, group_tokens: int) -> None:
         """Start where the reference's score is expected, at every token of its replies: ridge, then an adapter learns a little."""
-        replies, scores_B = warmup.replies[:WARMUP_REPLIES], warmup.scores_B[:WARMUP_REPLIES].float()
+        replies, scores_B = warmup.replies[:WARMUP_REPLIES], warmup.scores_B[:WARMUP_REPLIES].float().to(self.policy.device)
         states, returns = [], []
         for group in by_tokens(replies, GROUP_TOKENS):
             with torch.no_grad():
@@ -98,6 +99,6 @@ class Critic(torch.nn.Module):
         self.get_buffer("mean_D").copy_(states_ND.mean(0))
         self.get_buffer("scale_D").copy_(states_ND.std(0).clamp(min=1e-6))
         X = self._standardised(states_ND)
-        ridge = CRITIC_RIDGE * len(X) ** 0.5 * torch.eye(X.shape[1])
+        ridge = CRITIC_RIDGE * len(X) ** 0.5 * torch.eye(X.shape[1], device=X.device)
         self.linear.weight.copy_(torch.linalg.solve(X.T @ X + ridge, X.T @ (returns_N - returns_N.mean()))[None])
         self.linear.bias.fill_(float(returns_N.mean()))

@@ -11,11 +11,12 @@ import atexit
 import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 Item = TypeVar("Item")
 
@@ -88,6 +89,21 @@ def from_first(value: Item) -> Item:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def shard(base: Any, device: torch.device, adapters: Iterable[torch.nn.Parameter]) -> None:
+    """Leave each process its part of the frozen layers (FSDP); embeddings, head and adapters stay whole everywhere.
+
+    A layer's weights are together only while it computes. It moves to the device layer by layer, so no device ever holds all.
+    """
+    mesh = dist.init_device_mesh(device.type, (size(),))
+    whole = {*adapters, *base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()}
+    for module in list(base.base_model.modules()):
+        if type(module).__name__ in (base._no_split_modules or ()):
+            fully_shard(module, mesh=mesh, ignored_params=whole)
+    # The trunk on top makes them one group, which knows its layers' order.
+    fully_shard(base.base_model, mesh=mesh, ignored_params=whole)
+    base.to(device)
 
 
 def all_agree(flag: bool) -> bool:

@@ -64,11 +64,13 @@ class Policy:
         adapter: Path | None = None,
         device: Device = "auto",
         dtype: Dtype = "auto",
+        shard: bool = False,
     ) -> Policy:
         """A policy folder, with a fresh adapter (B = 0, so it is the reference) or a saved one.
 
-        `auto` is the GPU and bfloat16 where there is one, else the CPU and float32. Raises InvalidInput where the folder is no
-        model, the adapter is none for it, or the device is not there.
+        `auto` is the GPU and bfloat16 where there is one, else the CPU and float32. With `shard` each of several processes keeps
+        its part of the backbone only. Raises InvalidInput where the folder is no model, the adapter is none for it, or the device
+        is not there.
         """
         from peft import PeftModel, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -82,11 +84,13 @@ class Policy:
         except (OSError, ValueError) as exc:
             reason = str(exc).splitlines()[0]
             raise InvalidInput(f"policy.base is {str(path)!r}, which cannot be loaded as a model: {reason}", field="policy.base") from exc
-        base.to(where)
+        sharded = shard and distributed.size() > 1
+        if not sharded:
+            base.to(where)
         _check_head(base, path)
         if adapter is not None:
             try:
-                model = PeftModel.from_pretrained(base, adapter, is_trainable=True, torch_device=str(where))
+                model = PeftModel.from_pretrained(base, adapter, is_trainable=True, torch_device=str(base.device))
             except (OSError, ValueError, RuntimeError) as exc:
                 reason = str(exc).splitlines()[0]
                 raise InvalidInput(f"adapter {str(adapter)!r} does not fit {path.name!r}: {reason}", field="adapter") from exc
@@ -95,7 +99,11 @@ class Policy:
                 torch.manual_seed(seed)
                 model = get_peft_model(base, _lora(rank, alpha))
         model.eval()
-        return cls(model, tokenizer)
+        if sharded:
+            distributed.shard(base, where, [p for name, p in model.named_parameters() if "lora_" in name])
+        policy = cls(model, tokenizer)
+        policy.sharded = sharded
+        return policy
 
     def add_adapter(self, name: str, *, rank: int, alpha: int, seed: int) -> None:
         """Another adapter on the same backbone (B = 0), used inside `using`."""
@@ -283,21 +291,20 @@ class Policy:
         for group, counts in distributed.turns(by_tokens(replies, GROUP_TOKENS) if groups is None else groups):
             some, rows = [replies[i] for i in group], torch.tensor(group, device=self.device)
             states, mask, last = self.hidden(some)
+            values = mask * 0 if value is None else value(some, states) * mask
             if not counts:
                 continue
             last_BD[rows] = last
             logprobs_BT[rows, : mask.shape[1]] = self.token_logprobs(states, mask, some, temperature)
             mask_BT[rows, : mask.shape[1]] = mask
-            if value is not None:
-                values_BT[rows, : mask.shape[1]] = value(some, states) * mask
+            values_BT[rows, : mask.shape[1]] = values
         distributed.total(logprobs_BT, mask_BT, values_BT, last_BD)
         return logprobs_BT, mask_BT, values_BT, last_BD
 
     def logprobs(self, replies: Sequence[Reply], temperature: float, *, reference: bool = False) -> tuple[Tensor, Tensor]:
-        """(logprobs_BT, mask_BT) without gradients."""
-        if reference:
-            return self.reference_pass(replies, temperature)[:2]
-        return self.passes(replies, temperature)[:2]
+        """(logprobs_BT, mask_BT) without gradients, on the CPU."""
+        found = self.reference_pass(replies, temperature) if reference else self.passes(replies, temperature)
+        return found[0].cpu(), found[1].cpu()
 
     def reference_pass(
         self, replies: Sequence[Reply], temperature: float, groups: Sequence[Sequence[int]] | None = None

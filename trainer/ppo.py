@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from feedback.errors import TrainingRefused
+from trainer import distributed
 from trainer.advantages import gae, leave_one_out, token_rewards
 from trainer.budget import Result, Run, Step
 from trainer.config import PPOSettings
@@ -30,7 +31,7 @@ from trainer.critic import Critic, Warmup
 from trainer.losses import explained_variance, importance_weights, k1, masked_whiten, policy_loss, value_loss
 from trainer.policy import Policy
 from trainer.reply import Reply, by_tokens
-from trainer.rollouts import LocalRollouts, Rollouts
+from trainer.rollouts import LocalRollouts, Rollouts, alarms
 
 Score = Callable[[list[Reply], Tensor], Tensor]
 """(replies, features_BD) -> scores_B. A reward model reads the features, a known preference decodes the replies."""
@@ -118,7 +119,7 @@ def train(
         reference_BT, mask_BT, features_BD = policy.reference_pass(replies, temperature, passes)
         old_BT, _, values_BT, _ = policy.passes(replies, temperature, passes, critic)
         finished_B = torch.tensor([float(reply.finished) for reply in replies])
-        scores_B = score(replies, features_BD).float() - settings.unfinished_penalty * (1 - finished_B)
+        scores_B = (score(replies, features_BD).float() - settings.unfinished_penalty * (1 - finished_B)).to(policy.device)
         if not torch.isfinite(scores_B).all():
             raise TrainingRefused(f"PPO: a score is not finite in step {step}; the last checkpoint is kept", field="score")
         stop_score = float(options.stop_score(replies, features_BD).mean()) if options.stop_score else None
@@ -134,6 +135,7 @@ def train(
             finished=float(finished_B.mean()),
             generate_s=generated - started,
             score_s=scored - generated,
+            alarms=() if sampled.behaviour_BT is None else alarms(old_BT, sampled.behaviour_BT, mask_BT),
         )
         if run.judge(measured, policy):
             if options.on_step:
@@ -143,7 +145,7 @@ def train(
         # --- advantages -----------------------------------------------------------------------------------------------
         rewards_BT = token_rewards(scores_B, kl_BT, mask_BT, measured.beta)
         if rloo:
-            actions_BA, old_BA, returns_BT = torch.ones(len(replies), 1), old_BT.sum(1, keepdim=True), rewards_BT
+            actions_BA, old_BA, returns_BT = torch.ones_like(old_BT[:, :1]), old_BT.sum(1, keepdim=True), rewards_BT
             advantages_BA = leave_one_out(rewards_BT.sum(1), samples)[:, None]
         else:
             actions_BA, old_BA = mask_BT, old_BT
@@ -192,7 +194,7 @@ def _update(
     rows = [i for micro in minibatch for i in micro]
     actions, tokens = batch.actions_BA[rows].sum(), batch.mask_BT[rows].sum()
     seen = dict.fromkeys(("ratio", "clipfrac", "approx_kl", "value_loss", "ratio_deviation"), 0.0)
-    for micro in minibatch:
+    for micro, counts in distributed.turns(minibatch):
         some = [batch.replies[i] for i in micro]
         states, mask, _ = policy.hidden(some)
         width = mask.shape[1]
@@ -202,23 +204,26 @@ def _update(
         old, advantages, real = (x[micro, :width] for x in (batch.old_BA, batch.advantages_BA, batch.actions_BA))
         weights = None if batch.weights_BA is None else batch.weights_BA[micro, :width]
         pi = policy_loss(logprobs, old, advantages, real, clip, weights)
-        share = real.sum() / actions
+        share = counts * real.sum() / actions
         _backward(pi.loss * share, where)
         for name in ("ratio", "clipfrac", "approx_kl"):
             seen[name] += float(getattr(pi, name).detach() * share)
         seen["ratio_deviation"] = max(seen["ratio_deviation"], float(pi.ratio_deviation))
         if critic is not None:  # after the policy's, so that only one pass's activations exist
             v = value_loss(critic(some, states), batch.values_BT[micro, :width], batch.returns_BT[micro, :width], mask, clip)
-            _backward(v * mask.sum() / tokens, where)
-            seen["value_loss"] += float(v.detach() * mask.sum() / tokens)
+            share = counts * mask.sum() / tokens
+            _backward(v * share, where)
+            seen["value_loss"] += float(v.detach() * share)
+    distributed.total_gradients([*policy.parameters, *([] if critic is None else [*critic.parameters(), *critic.adapter])])
     for parameters in (policy.parameters, [] if critic is None else critic.adapter):
         if not torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, 1.0)):
             raise TrainingRefused(f"PPO: a gradient is not finite in {where}; the last checkpoint is kept", field="loss")
-    return seen
+    everywhere = distributed.gather([seen])
+    return {name: (max if name == "ratio_deviation" else sum)(part[name] for part in everywhere) for name in seen}
 
 
 def _backward(loss: Tensor, where: str) -> None:
-    if not torch.isfinite(loss):
+    if not distributed.all_agree(bool(torch.isfinite(loss))):
         raise TrainingRefused(f"PPO: the loss is {loss.item()} in {where}; the last checkpoint is kept", field="loss")
     loss.backward()  # type: ignore[no-untyped-call]
 

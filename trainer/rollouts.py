@@ -134,9 +134,9 @@ class VLLMRollouts:
             replies.append(Reply(prompt, tuple(choice["token_ids"]), choice["finish_reason"] == "stop"))
         width = max(len(reply.tokens) for reply in replies)
         behaviour = [choice["logprobs"]["token_logprobs"] for choice, _ in found]
-        behaviour_BT = torch.tensor([row + [0.0] * (width - len(row)) for row in behaviour], device=self.policy.device)
+        behaviour_BT = torch.tensor([row + [0.0] * (width - len(row)) for row in behaviour])
         self._probe(replies, behaviour_BT, [url for _, url in found], temperature)
-        return Sampled(replies, behaviour_BT)
+        return Sampled(replies, behaviour_BT.to(self.policy.device))
 
     def _probe(self, replies: list[Reply], behaviour_BT: Tensor, urls: list[str], temperature: float) -> None:
         """Raises EngineRefused where a server that is new computes other log-probabilities of first tokens than the trainer."""
