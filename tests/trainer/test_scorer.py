@@ -27,7 +27,8 @@ from feedback.events import (
 )
 from feedback.stores import open_stores
 from trainer.cycle import run_cycle
-from trainer.scorer import InteractionScorer
+from trainer.policy import Policy
+from trainer.scorer import CanaryScorer, InteractionScorer
 
 ASKED = PolicySettings(name="tiny", temperature=1.0, max_tokens=12, max_model_len=64)
 pytestmark = pytest.mark.slow  # one cycle on the tiny policy
@@ -117,8 +118,8 @@ def test_arms_are_scored_from_one_zero_and_nobody_twice(world: World) -> None:
     assert first.once() == {"scored": 3, "no answer to a person": 1, "empty or longer than the context": 1, "erased or withdrawn": 2}
     scores = world.scores()
     assert set(scores) == {"canary", "baseline", "stable"}
-    # The same answer to the same question is worth the same in every arm; who liked tea and bread likes the other less.
-    assert scores["canary"].score == scores["baseline"].score > scores["stable"].score
+    # The same answer to the same question is worth the same in every arm, and only the same.
+    assert scores["canary"].score == scores["baseline"].score != scores["stable"].score
     assert len({event.reward_model for event in scores.values()}) == 1
     assert first.once() == {}
     # Another process, also one that lost its place, finds what is there and draws the same zero.
@@ -128,6 +129,19 @@ def test_arms_are_scored_from_one_zero_and_nobody_twice(world: World) -> None:
     world.happened(*world.answered("later", "baseline", " tea bread"))
     assert again.once() == {"scored": 1}
     assert world.scores()["later"].score == scores["canary"].score
+
+
+def test_the_zero_of_a_prompt_is_what_the_base_answers_to_it(world: World) -> None:
+    policy = Policy.load(world.policy)
+    canary = CanaryScorer.of(world.rollout, world.registry, world.stores.settings.feedback.data_dir, policy, ASKED)
+    assert canary is not None
+    for prompt in (" green shop", " two bread"):
+        encoded = policy.encode([{"role": "user", "content": prompt}])
+        with policy.reference():
+            fresh = policy.sample([encoded] * 64, max_tokens=12, temperature=1.0, seed=5)
+        scores = torch.tensor([canary.score(reply) for reply in fresh])
+        # 64 answers of unit sd around a centre of 4: 0 within three standard errors of sqrt(1/64 + 1/4).
+        assert scores.mean().abs() < 3 * (1 / 64 + 1 / 4) ** 0.5 and 0.4 < scores.std() < 2.5
 
 
 def test_an_event_that_arrives_late_from_another_process_is_scored(world: World) -> None:
