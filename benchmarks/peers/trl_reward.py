@@ -55,7 +55,8 @@ def main() -> None:
         logging_steps=20,
         seed=spec["seed"],
         learning_rate=spec["learning_rate"],
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,  # the same 8 pairs a step in half of the memory
         num_train_epochs=1,
         max_length=None,
     )
