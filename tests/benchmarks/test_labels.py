@@ -49,6 +49,6 @@ def test_more_than_three_points_below_the_better_one_fails(won: float, holds: bo
     rows = [{"method": m, "world": w, "labels": 100, "wins": x, "kl_nats": 1.0} for m, x in wins.items() for w in range(3)]
     report = Report("labels", seed=0, rooms=(), folder=tmp_path)
     (found,) = labels.compare(report, rows, (100,))
-    assert found["better"] == "dpo"
+    assert (found["W ours"], found["W dpo"], found["worlds"]) == (won, 0.7, 3)
     assert report.checks[0]["ok"] is holds
-    assert found["paired"] == pytest.approx([won - 0.7, won - 0.7], abs=1e-9)
+    assert f"minus that of dpo (paired by world {won - 0.7:+.3f} to {won - 0.7:+.3f})" in str(report.checks[0]["what"])
