@@ -34,12 +34,13 @@ from trainer.budget import Run, Step
 from trainer.config import PPOSettings, RewardModelSettings
 from trainer.critic import Warmup
 from trainer.evaluation import Sampling, sample
-from trainer.labels import Labels, features_of, from_snapshot
+from trainer.labels import features_of, from_snapshot
 from trainer.policy import Policy
 from trainer.ppo import Options, Score, train
 from trainer.reply import Reply
-from trainer.reward_model import fit
-from trainer.score import Normaliser, Scorer
+from trainer.reward_model import RewardModel, fit
+from trainer.ridge import cross_validate
+from trainer.score import Scorer
 from trainer.stages import split_raters
 
 Kind = Literal["inside", "outside"]
@@ -141,13 +142,12 @@ class Town:
         how = RewardModelSettings(maps=("linear",), ridges=(0.3, 1.0, 3.0), folds=2) if quick() else RewardModelSettings()
         labels = from_snapshot(rows, self.policy, None)
         main, others = split_raters(labels, how.watch_share, how.watch_min_raters, how.watch_min_labels, how.seed)
-        replies, features_ND = self.base
+        # As a cycle does: map and ridge are chosen once, on all ratings.
+        chosen = cross_validate(labels, how)
+        return self._scorer(fit(main, how, chosen), how.clip), self._scorer(fit(others, how, chosen), how.clip) if others else None
 
-        def scorer(labels: Labels) -> Scorer:
-            model = fit(labels, how)
-            return Scorer(model, Normaliser.fit(model, [reply.prompt for reply in replies], features_ND), how.clip)
-
-        return scorer(main), scorer(others) if others else None
+    def _scorer(self, model: RewardModel, clip: float) -> Scorer:
+        return Scorer.fit(model, *self.base, clip)
 
     def known(self) -> Score:
         """The hidden preference as a reward: the prompt's own zero and one unit for all, as the reward model's scores have."""
@@ -175,6 +175,7 @@ class Town:
 
         self.policy.restore(start or self.start)
         replies, features_ND = self.base
+        from_base_N = score.base_scores if isinstance(score, Scorer) else score(replies, features_ND)
         result = train(
             self.policy,
             list(dict.fromkeys(reply.prompt for reply in replies)),
@@ -183,7 +184,7 @@ class Town:
             max_tokens=self.example.max_tokens,
             temperature=self.example.temperature,
             seed=self.seed,
-            options=Options(stop_score=stop, warmup=Warmup(replies, score(replies, features_ND))),
+            options=Options(stop_score=stop, warmup=Warmup(replies, from_base_N)),
         )
         stopped = self.stopped(result.steps)
         measured = {*range(0, len(states), every), result.released, stopped, len(states) - 1}
