@@ -18,7 +18,7 @@ from benchmarks.harness import FOLDER, ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "figures.md"
 DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {"crossover": crossover_plot.draw}
-"""Results that are also drawn, and how."""
+"""Results whose plot is drawn here, from what was committed; other benchmarks leave one beside their JSON."""
 
 
 def collect(fresh: Path, kept: Path) -> list[dict[str, Any]]:
@@ -74,11 +74,11 @@ def page(results: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     results = collect(FOLDER, RESULTS)
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(results), encoding="utf-8")
     for result in results:
         if draw := DRAWN.get(result["name"]):
-            (PAGE.parent / f"{result['name']}.svg").write_text(draw(result), encoding="utf-8")
+            (RESULTS / f"{result['name']}.svg").write_text(draw(result), encoding="utf-8")
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(results), encoding="utf-8")
     print(f"{PAGE.relative_to(ROOT)}: {len(results)} benchmarks")
     return 0
 

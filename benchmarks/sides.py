@@ -21,12 +21,12 @@ SIDES = ("P", "Q")
 RATING, UNSEEN = 24, 12
 """Raters of each side that are asked, and that only judge."""
 HABITS = 4
-WORDS = 48
-"""Of SmolLM2's answers a quarter have fewer; below, P likes each 8 words less as much as Q minds them."""
-WEIGHTS = (1.2, 1.4, 1.4, 1.4)
-SUBSTANCE = 2.0
-STRICTNESS = {"P": -2.3, "Q": 4.2}
-"""Half of the base's answers are better. Chosen on 276 of them: two steps show in 54 %, "you" in 81 %, "To ..." in 45 %."""
+WORDS, CONTENT = 48, 18
+"""Of SmolLM2's base answers a quarter have fewer words, half say fewer things that the question did not; 11 % end by themselves."""
+WEIGHTS = (1.1, 0.8, 0.3, 1.5)
+SUBSTANCE = 1.0
+STRICTNESS = {"P": -1.5, "Q": 3.0}
+"""Half of the base's answers are better."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,15 @@ def concierge(seed: int) -> Sides:
 class Reader:
     """One simulated reader of SmolLM2's answers; an `examples.base.Rater`.
 
-    P likes what is brief and plain; Q what is full and practical: it says what it is for, speaks to the reader, gives
-    steps. Both want what was asked to be named and nothing said twice.
+    P likes what is brief, plain and rounded off; Q what is full: more words, more things said, steps, and no early end. Both
+    want what was asked to be named and nothing said twice. The rules look only at what the reward model's features can show of
+    a whole answer: how it opens and whether it says "you" they hardly do.
     """
 
     id: str
     cohort: str
     weights: tuple[float, float, float, float]
-    """Of words, steps, speaking to the reader and an opening that says what it is for; Q's are positive, P's negative."""
+    """Of words, things said, steps and going on to the limit; Q's are positive, P's negative."""
     strictness: float
     """Utility at which a thumb is as likely up as down."""
 
@@ -88,9 +89,9 @@ class Reader:
         seen = traits(prompt, answer, finished)
         style = (
             max(-3.0, min(1.0, (seen.words - WORDS) / 8)),
+            max(-2.0, min(2.0, (seen.substance - CONTENT) / 4)),  # a floor, so that nobody asks for an empty answer
             min(seen.steps, 2) / 2,
-            float(seen.addresses),
-            float(answer.startswith("To ")),
+            float(not finished),
         )
         return SUBSTANCE * (min(seen.named, 0.75) - seen.repeats) + sum(w * s for w, s in zip(self.weights, style, strict=True))
 

@@ -36,10 +36,11 @@ def test_the_concierge_sides_are_opposite_and_noisy_as_people_are(seed: int) -> 
 def test_the_readers_of_smollm2_want_the_opposite() -> None:
     sides = smollm2(0)
     assert len(FULL.split()) > WORDS - 4
-    for side, better, worse in (("P", PLAIN, FULL), ("Q", FULL, PLAIN)):
+    plain, full = (PLAIN, True), (FULL, False)
+    for side, better, worse in (("P", plain, full), ("Q", full, plain)):
         people = [*sides.asked[side], *sides.unseen[side]]
         assert len(people) == RATING + UNSEEN
-        assert all(person.utility(QUESTION, better, True) > person.utility(QUESTION, worse, True) for person in people)
+        assert all(person.utility(QUESTION, *better) > person.utility(QUESTION, *worse) for person in people)
 
 
 @pytest.mark.parametrize("make", [concierge, smollm2])
