@@ -43,6 +43,8 @@ class RewardModelSettings(Section):
     """Of the reward model's adapter, which nobody serves."""
     ensemble_learning_rate: float = Field(default=3e-4, gt=0)
     """Of the reward model's adapter, in its one epoch."""
+    discount_unreliable: bool = False
+    """Ratings count for less by raters with 20 votes who contradicted themselves on 3 repeated questions, more often than others do."""
     allow_single_rater: bool = False
     """Train although all ratings are one rater's; the adapter then serves that rater only, and its evidence says so."""
     seed: int = 0

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
@@ -26,19 +25,14 @@ from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
 from trainer.feature_map import FeatureMap
 from trainer.labels import Labels
+from trainer.policy import GROUP_TOKENS, Policy
 from trainer.reply import Reply, by_tokens
 from trainer.ridge import CrossFit, Parameters, Problem, build_problem, described, minimise, one_thread, prompt_features
-
-if TYPE_CHECKING:
-    from trainer.policy import Policy
 
 BATCH = 32
 """Ratings of one step of the adapter."""
 MICROBATCH = 4
 """Ratings whose answers' activations exist at once."""
-
-READING = 2048
-"""Tokens in one pass without gradients."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +131,8 @@ def _read(policy: Policy, name: str, replies: Sequence[Reply]) -> Tensor:
     """The backbone's final state after each reply's last token, with this adapter on; B x D."""
     last_BD = torch.zeros(len(replies), policy.hidden_size)
     with policy.using(name):
-        for group in by_tokens(replies, READING):
-            last_BD[torch.tensor(group)] = policy.hidden([replies[i] for i in group])[2]
+        for group in by_tokens(replies, GROUP_TOKENS):
+            last_BD[torch.tensor(group)] = policy.hidden([replies[i] for i in group])[2].cpu()
     return last_BD
 
 
@@ -171,7 +165,7 @@ def _fit(labels: Labels, settings: RewardModelSettings, chosen: CrossFit, policy
     policy.add_adapter(name, rank=settings.ensemble_rank, alpha=2 * settings.ensemble_rank, seed=settings.seed)
     try:
         _one_epoch(policy, name, start, frozen_map, begun, settings)
-        adapter = {full.replace(f".{name}.", "."): value for full, value in policy.state(name).items()}
+        adapter = {full.replace(f".{name}.", "."): value.cpu() for full, value in policy.state(name).items()}
         features_ND = _read(policy, name, labels.replies)
     finally:
         policy.drop_adapter(name)
@@ -212,7 +206,7 @@ def _one_epoch(policy: Policy, name: str, problem: Problem, feature_map: Feature
             choices, thumbs = part.labels.choices, part.labels.thumbs
             used = sorted({*choices.first.tolist(), *choices.second.tolist(), *thumbs.answers.tolist()})
             with policy.using(name):
-                last_BD = policy.hidden([problem.labels.replies[i] for i in used])[2]
+                last_BD = policy.hidden([problem.labels.replies[i] for i in used])[2].cpu()
             scores_N = torch.zeros(len(problem.mapped_NP), dtype=torch.float64)
             scores_N = scores_N.index_put((torch.tensor(used),), feature_map(last_BD) @ parameters.weights_P)
             loss = part.loss(parameters, scores_N=scores_N) / ratings

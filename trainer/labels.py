@@ -93,6 +93,8 @@ class Labels:
     raters: tuple[str, ...]
     cohorts: tuple[tuple[str, ...], ...] = ()
     """Of each rater."""
+    weights_U: Tensor | None = None
+    """Of each rater's ratings, in [0, 1]; None: all count in full."""
     answers: tuple[Answer, ...] = ()
     replies: tuple[Reply, ...] = ()
     """The answers as tokens, for a reward model that reads them itself."""
@@ -137,6 +139,7 @@ class Labels:
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {"features": self.features_ND, "prompts": self.prompts_N, "prompt_features": self.prompt_features_QD}
+        named |= {} if self.weights_U is None else {"weights": self.weights_U}
         choices = {f"choices.{name}": value for name, value in vars(self.choices).items()}
         return named | choices | {f"thumbs.{name}": value for name, value in vars(self.thumbs).items()}
 
@@ -169,6 +172,7 @@ class Labels:
             thumbs=Thumbs(**part("thumbs.")),
             raters=tuple(about["raters"]),
             cohorts=tuple(map(tuple, about["cohorts"])),
+            weights_U=tensors.get("weights"),
             answers=answers,
             replies=tuple(Reply(tuple(asked[answer.prompt]), tuple(tokens), answer.finished) for answer, tokens in said),
             prompts=tuple(about["prompts"]),

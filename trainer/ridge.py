@@ -114,10 +114,12 @@ class Problem:
 
 
 def build_problem(mapped_NP: Tensor, labels: Labels, prompts_QZ: Tensor, max_share: float) -> Problem:
-    """What there is enough data for is fitted; a rater's weight is capped."""
+    """What there is enough data for is fitted; a rater's weight is capped, and less if her own contradictions say so."""
     choices, thumbs = len(labels.choices), len(labels.thumbs)
     raters = len(set(labels.choices.raters.tolist()) | set(labels.thumbs.raters.tolist()))
-    weights = capped_weights(torch.cat([labels.choices.raters, labels.thumbs.raters]), max(max_share, 2 / max(raters, 1)))
+    by_R = torch.cat([labels.choices.raters, labels.thumbs.raters])
+    weights = capped_weights(by_R, max(max_share, 2 / max(raters, 1)))
+    weights = weights if labels.weights_U is None else weights * labels.weights_U[by_R]
     free = [1, 1, choices >= SIDE_BIAS_FROM_CHOICES, choices >= SIDE_BIAS_FROM_CHOICES and choices + thumbs >= TIES_FROM_LABELS]
     return Problem(
         mapped_NP=mapped_NP,

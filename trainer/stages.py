@@ -21,11 +21,11 @@ from feedback import files
 from feedback.errors import SnapshotRedacted, TrainingRefused
 from feedback.snapshot import Snapshot, redacted
 from trainer import facts as facts_suite
-from trainer import metrics, seeds
+from trainer import metrics, raters, seeds
 from trainer.budget import Step
 from trainer.critic import Warmup
 from trainer.evaluation import Answers, Judge, Sampling, evaluate, kl_of, sample
-from trainer.held_out import foretold, held_out, length_share, likelihood_gain, unseen_raters
+from trainer.held_out import UnseenRaters, foretold, held_out, length_share, likelihood_gain, unseen_raters
 from trainer.labels import Labels, Progress, features_of, from_snapshot
 from trainer.policy import Policy
 from trainer.ppo import Options, train
@@ -136,6 +136,8 @@ class Stages:
             return
         settings = self.settings.reward_model
         labels = Labels.load(self.folder / "labels.safetensors")
+        if settings.discount_unreliable:
+            labels = replace(labels, weights_U=raters.reliability(labels))
         main, watch = split_raters(labels, settings.watch_share, settings.watch_min_raters, settings.watch_min_labels, settings.seed)
         self.progress("reward model", 0.0)
         # Map and ridge are chosen once, on all ratings, so that what was held out is known of them all.
@@ -146,7 +148,8 @@ class Stages:
             self.progress("second reward model", 0.5)
             fit(watch, settings, chosen, self._reader(watch)).save(self.folder / "watch_model.safetensors")
         self.progress("held-out accuracy", 0.8)
-        accuracy = held_out(labels, chosen, unseen_raters(labels, settings, chosen))
+        others = unseen_raters(labels, settings, chosen)
+        accuracy = held_out(labels, chosen, others)
         warnings = [*labels.warnings, *_load_replies(self.folder / "base.safetensors")[2]]
         if chosen.at_edge:
             warnings.append(f"reward model: the best ridge {chosen.ridge:g} lies on the edge of what was compared")
@@ -165,7 +168,7 @@ class Stages:
             "second": watch is not None,
             "accuracy": {name: asdict(value) if value else None for name, value in accuracy.items()},
             "length_share": length_share(labels, model.score(model.features(labels.replies, labels.features_ND))[0]),
-            **_told(labels, chosen),
+            **_told(labels, chosen, others, discounted=settings.discount_unreliable),
             "likelihood_gain": asdict(likelihood_gain(labels, chosen)),
             "tastes": [asdict(taste) | {"words": taste.words} for taste in tastes(labels)],
             "warnings": warnings,
@@ -310,11 +313,19 @@ class Stages:
         write_json(self.folder / "adapter.json", {"adapter_id": adapter_id, "path": str(path.absolute())})
 
 
-def _told(labels: Labels, chosen: CrossFit) -> dict[str, Any]:
-    """Calibration, side bias, and both in words."""
-    found = dict(zip(("calibration", "side_bias"), foretold(labels, chosen), strict=True))
-    figures = {name: asdict(value) if value else None for name, value in found.items()}
-    return figures | {"findings": [value.words for value in found.values() if value]}
+def _told(labels: Labels, chosen: CrossFit, others: UnseenRaters | None, *, discounted: bool) -> dict[str, Any]:
+    """Calibration, side bias, agreement and raters, in figures and in words."""
+    calibrated, side = foretold(labels, chosen)
+    agreed, found = raters.agreement(labels), raters.standings(labels, others)
+    dissent = raters.dissenters(found)
+    figures = {"calibration": calibrated, "side_bias": side, "agreement": agreed}
+    words = [value.words for value in figures.values() if value] + raters.findings(found, dissent, discounted=discounted)
+    return {
+        **{name: asdict(value) if value else None for name, value in figures.items()},
+        "raters_found": [asdict(each) for each in found],
+        "dissenters": dissent,
+        "findings": words,
+    }
 
 
 def _ratings_by_rater(labels: Labels) -> list[int]:
