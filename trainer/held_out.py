@@ -215,8 +215,6 @@ class Calibration:
     by_chance: float
     """What chances that were exactly right would show with as many choices."""
     n: int
-    curve: tuple[tuple[float, float, int], ...]
-    """Of each bin that has any: mean chance foretold for side a, share that chose a, how many."""
     curve: tuple[tuple[float, float, int], ...] = ()
     """Of each bin that is not empty: mean chance foretold, share chosen, choices."""
 
