@@ -61,6 +61,18 @@ def test_logprobs_are_those_of_the_whole_model(policy: Policy) -> None:
         assert row[len(reply.tokens) :].abs().sum() == 0
 
 
+def test_the_reference_is_the_backbone_at_the_same_temperature(policy: Policy) -> None:
+    disturb(policy)
+    reference_BT, _ = policy.logprobs(replies(), 0.7, reference=True)
+    for reply, row in zip(replies(), reference_BT, strict=True):
+        with torch.no_grad(), policy.model.disable_adapter():
+            logits = policy.model(input_ids=torch.tensor([[*reply.prompt, *reply.tokens]])).logits[0, len(reply.prompt) - 1 : -1]
+        targets = torch.tensor(reply.tokens)[:, None]
+        scaled, raw = (torch.log_softmax(logits / T, 1).gather(1, targets)[:, 0] for T in (0.7, 1.0))
+        assert torch.allclose(row[: len(reply.tokens)], scaled, atol=1e-5)
+        assert not torch.allclose(scaled, raw, atol=1e-2)
+
+
 def test_neither_padding_nor_company_nor_a_shared_beginning_changes_a_reply(policy: Policy) -> None:
     disturb(policy)
     together_BT, _ = policy.logprobs(replies(), 1.0)
