@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import crossover_plot
+from benchmarks import crossover_plot, overopt_plot
 from benchmarks.harness import FOLDER, ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "figures.md"
-DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {"crossover": crossover_plot.draw}
+DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {"crossover": crossover_plot.draw, "overopt": overopt_plot.draw}
 """Results whose plot is drawn here, from what was committed; other benchmarks leave one beside their JSON."""
 
 
