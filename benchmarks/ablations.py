@@ -1,6 +1,6 @@
 """What PPO's parts are worth on the concierge: RLOO and a cold critic in its place, and an engine that misreports what it sampled.
 
-    make bench-ablations             worlds 0-4; finished cells are kept, so an interrupted run goes on
+    make bench-ablations             worlds 0-4, an engine's in 0-2; finished cells are kept, so an interrupted run goes on
     QUICK=1 make bench-ablations     one world, two iterations: shows that it runs, too short to conclude from
 
 The hidden preference itself is the reward, so nothing but the optimiser differs. W is how often an answer of the released
@@ -33,7 +33,7 @@ from trainer.policy import Policy
 from trainer.ppo import Options, train
 from trainer.rollouts import LocalRollouts, Sampled, alarms
 
-WORLDS = range(5)
+WORLDS, MISMATCH_WORLDS = range(5), range(3)
 ITERATIONS, ROLLOUTS = 12, 96
 MISMATCH_TEMPERATURE = 0.7
 SMALL, LARGE = 0.1, 1.5
@@ -184,10 +184,10 @@ def main() -> int:
     torch.set_num_threads(1)  # so small a model gains little from a second one, and two runs fit on two cores
     report = Report("ablations", seed=0, rooms=("trainer", "examples/concierge"))
     found: dict[str, list[dict[str, Any]]] = {}
-    for arms, temperature in ((ALGORITHMS, 1.0), (MISMATCHES, MISMATCH_TEMPERATURE)):
+    for arms, temperature, worlds in ((ALGORITHMS, 1.0, WORLDS), (MISMATCHES, MISMATCH_TEMPERATURE, MISMATCH_WORLDS)):
         for name, arm in arms.items():
             found[name] = []
-            for world in WORLDS[:1] if quick() else WORLDS:
+            for world in worlds[:1] if quick() else worlds:
                 key = {"arm": name, "world": world, "quick": quick()}
                 found[name].append(report.cells.get(key, lambda a=arm, w=world, t=temperature: trained(a, w, t)))  # type: ignore[misc]
             report.say(f"{name}: W " + " ".join(f"{row['wins']:.2f}" for row in found[name]))
