@@ -1,6 +1,6 @@
 """Writes docs/figures.md from what benchmarks measured. `make figures`.
 
-Fresh results in `build/bench/` are copied to `benchmarks/results/`, which is committed; the page shows what lies there, plots too.
+Fresh results in `build/bench/` are copied to `benchmarks/results/`, which is committed; the page shows what lies there.
 A quick run concludes nothing, so it is not copied.
 """
 
@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import crossover_plot, overopt_plot
 from benchmarks.harness import FOLDER, ROOT
+from benchmarks.plots import DRAWN
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "figures.md"
-DRAWN: dict[str, Callable[[dict[str, Any]], str]] = {"crossover": crossover_plot.draw, "overopt": overopt_plot.draw}
-"""Results whose plot is drawn here, from what was committed; other benchmarks leave one beside their JSON."""
 
 
 def collect(fresh: Path, kept: Path) -> list[dict[str, Any]]:
@@ -26,9 +23,7 @@ def collect(fresh: Path, kept: Path) -> list[dict[str, Any]]:
     kept.mkdir(parents=True, exist_ok=True)
     for path in sorted(fresh.glob("*.json")):
         if not json.loads(path.read_text(encoding="utf-8")).get("quick", False):
-            for part in (path, path.with_suffix(".svg")):
-                if part.exists():
-                    (kept / part.name).write_bytes(part.read_bytes())
+            (kept / path.name).write_bytes(path.read_bytes())
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(kept.glob("*.json"))]
 
 
@@ -67,7 +62,7 @@ def page(results: list[dict[str, Any]]) -> str:
             f"Control: {control['what']}: {'caught' if control['caught'] else '**not caught**'}. Seed {result['seed']}; {used}.",
             "",
         ]
-        if (RESULTS / f"{result['name']}.svg").exists():
+        if result["name"] in DRAWN:
             lines += [f"![{result['name']}](../benchmarks/results/{result['name']}.svg)", ""]
     return "\n".join(lines)
 

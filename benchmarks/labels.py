@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.concierge import Judge, job_of, record, shown
-from benchmarks.harness import FOLDER, Report, quick
+from benchmarks.harness import Report, quick
 from benchmarks.peers.worker import Worker
 from examples import load
 from examples.base import Example
@@ -263,33 +263,6 @@ def compare(report: Report, rows: Sequence[Mapping[str, Any]], counts: Sequence[
     return table
 
 
-def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The curves: medians over worlds as lines, each world as a dot."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["svg.hashsalt"] = "labels"  # the same bytes for the same figures
-    figure = Figure(figsize=(5.4, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    counts = sorted({int(row["labels"]) for row in rows})
-    for shift, (method, name) in enumerate({"ours": "reward model + PPO", "dpo": "DPO (TRL)", "kto": "KTO (TRL)"}.items()):
-        colour = f"C{shift}"
-        at = [[row["wins"] for row in rows if row["method"] == method and row["labels"] == labels] for labels in counts]
-        axes.plot(counts, [median(wins) for wins in at], marker="o", markersize=4, color=colour, label=name)
-        for labels, wins in zip(counts, at, strict=True):
-            axes.plot([labels * 1.04 ** (shift - 1)] * len(wins), wins, ".", markersize=3, alpha=0.5, color=colour)
-    axes.axhline(0.5, linewidth=0.8, color="grey")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, [str(labels) for labels in counts])
-    axes.set(xlabel="labels", ylabel="win rate over the base", title="Win rate by the hidden preference")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="svg", metadata={"Date": None})
-
-
 def main() -> int:
     torch.set_num_threads(1)
     report = Report("labels", seed=0, rooms=("feedback", "trainer", "examples/concierge", "benchmarks/peers"))
@@ -306,7 +279,6 @@ def main() -> int:
         f"the same labels shuffled win nothing (median W <= 0.55): {', '.join(f'{method} {wins:.3f}' for method, wins in learned.items())}",
         caught=all(wins <= 0.55 for wins in learned.values()),
     )
-    draw(rows, FOLDER / "labels.svg")
     return report.finish({"table": table, "chosen": chosen, "cells": rows, "tuning": tuning, "shuffled": noise})
 
 

@@ -52,7 +52,7 @@ def imitate(
     losses = []
     for epoch in range(epochs):
         total = 0.0
-        for rows in torch.randperm(len(replies), generator=generator).split(minibatch):
+        for rows in torch.split(torch.randperm(len(replies), generator=generator), minibatch):
             part = [replies[i] for i in rows.tolist()]
             tokens = sum(len(reply.tokens) for reply in part)
             for group in by_tokens(part, group_tokens):
@@ -61,7 +61,7 @@ def imitate(
                 loss = -policy.token_logprobs(states_BTD, mask_BT, some, temperature).sum()
                 if not torch.isfinite(loss):
                     raise TrainingRefused(f"imitation: the loss is {loss.item()} in epoch {epoch}; lower the learning rate", field="loss")
-                (loss / tokens).backward()
+                (loss / tokens).backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
             optimiser.step()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 Item = TypeVar("Item")
@@ -96,7 +97,7 @@ def shard(base: Any, device: torch.device, adapters: Iterable[torch.nn.Parameter
 
     A layer's weights are together only while it computes. It moves to the device layer by layer, so no device ever holds all.
     """
-    mesh = dist.init_device_mesh(device.type, (size(),))
+    mesh = init_device_mesh(device.type, (size(),))
     whole = {*adapters, *base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()}
     for module in list(base.base_model.modules()):
         if type(module).__name__ in (base._no_split_modules or ()):

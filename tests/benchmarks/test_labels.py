@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import labels
+from benchmarks import labels, plots
 from benchmarks.harness import Report
 
 
@@ -52,3 +52,10 @@ def test_more_than_three_points_below_the_better_one_fails(won: float, holds: bo
     assert (found["W ours"], found["W dpo"], found["worlds"]) == (won, 0.7, 3)
     assert report.checks[0]["ok"] is holds
     assert f"minus that of dpo (paired by world {won - 0.7:+.3f} to {won - 0.7:+.3f})" in str(report.checks[0]["what"])
+
+
+def test_the_plot_is_the_same_bytes_for_the_same_figures() -> None:
+    cells = [{"method": m, "world": w, "labels": n, "wins": 0.5 + w / 10} for m in labels.GRIDS for n in labels.COUNTS for w in range(3)]
+    drawn = [plots.labels({"figures": {"cells": cells}}) for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert all(name in drawn[0] for _, name in plots.LABEL_METHODS.values())

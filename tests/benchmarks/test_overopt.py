@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.overopt import UNLIMITED_NATS, best, released, shape, share
-from benchmarks.overopt_plot import draw
+from benchmarks.plots import overopt as draw
 
 CURVE: dict[str, Any] = {
     "kl_nats": [-0.01, 1.0, 4.0, 9.0],

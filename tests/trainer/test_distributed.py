@@ -20,8 +20,9 @@ from deploy.process import free_port
 from trainer import distributed
 from trainer.budget import Step
 from trainer.config import PPOSettings
+from trainer.critic import Warmup
 from trainer.policy import Policy
-from trainer.ppo import Options, Warmup, train
+from trainer.ppo import Options, train
 from trainer.reply import Reply
 
 PROMPTS = [(2, *range(10, 20), i, i + 1, 3) for i in range(20, 26)]

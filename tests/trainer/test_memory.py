@@ -100,7 +100,7 @@ def test_what_a_token_keeps_for_the_backward_pass(dtype: str, number: int) -> No
 
 
 BASES: dict[str, dict[str, object]] = {
-    name: dict(
+    name: dict[str, object](
         zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"), sizes, strict=True)
     )
     | {"head_dim": head, "vocab_size": words, "tie_word_embeddings": tied}
