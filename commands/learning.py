@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Annotated
 
 import typer
 
-from commands.settings import ConfigPath, Settings, opened, policy_folder
+from commands.settings import ConfigPath, Settings, opened, policy_folder, settings_from
 from commands.terminal import Steps, complain, say
 from deploy import lineage
+from deploy.manifest import base_config
 from deploy.registry import Registry
 from feedback.stores import Stores
-from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
+from trainer import memory
+from trainer.config import refuse_serving
+from trainer.schedule import LearningSettings
 
 app = typer.Typer()
 
@@ -22,13 +26,21 @@ def train(
     config_path: ConfigPath = None,
     shuffle_labels: Annotated[bool, typer.Option(help="The control: ratings are shuffled.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do, how long, and what it would refuse.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say how much memory it would take, on one GPU and on several.")] = False,
 ) -> None:
     """One cycle: snapshot, reward model, PPO, evaluation, candidate. Goes on where a killed one stopped."""
+    if plan:
+        return _plan(settings_from(config_path))
+    if int(os.environ.get("RANK", "0")) > 0:  # torchrun started several: the first one has the stores, the others help it
+        from trainer.start import follow
+
+        return follow()
     with opened(config_path, "trainer") as (settings, stores, registry):
         if dry_run:
             _rehearse(settings, stores, registry, shuffle_labels)
         else:
             say(_train(settings, stores, registry, shuffle_labels))
+            _dismiss()
 
 
 @app.command()
@@ -70,18 +82,19 @@ def scorer(
             time.sleep(poll_s)
 
 
-def _sections(settings: Settings, shuffle: bool) -> tuple[RewardModelSettings, PPOSettings, CycleSettings]:
+def _learning(settings: Settings, shuffle: bool) -> LearningSettings:
+    refuse_serving(settings.rollouts, settings.engine)
     cycle = settings.cycle.model_copy(update={"shuffle_labels": shuffle or settings.cycle.shuffle_labels})
-    return settings.reward_model, settings.ppo, cycle
+    rollouts, hardware = settings.rollouts, settings.hardware
+    return LearningSettings(settings.reward_model, settings.ppo, cycle, rollouts=rollouts, hardware=hardware)
 
 
 def _rehearse(settings: Settings, stores: Stores, registry: Registry, shuffle: bool) -> None:
     from trainer.rehearsal import rehearse
-    from trainer.schedule import LearningSettings
     from trainer.start import giving_way
 
     with giving_way(settings.cycle.niceness):
-        found = rehearse(stores, registry, policy_folder(settings), settings.policy, LearningSettings(*_sections(settings, shuffle)))
+        found = rehearse(stores, registry, policy_folder(settings), settings.policy, _learning(settings, shuffle))
     for line in found.lines:
         say(line)
     for reason in found.refused:
@@ -90,10 +103,32 @@ def _rehearse(settings: Settings, stores: Stores, registry: Registry, shuffle: b
         raise typer.Exit(1)
 
 
+def _plan(settings: Settings) -> None:
+    number = 4 if settings.hardware.dtype == "float32" else 2
+    local = not settings.rollouts.urls
+    places = [memory.Where(settings.policy.max_model_len, number=number, local=local)]
+    places += [memory.Where(settings.policy.max_model_len, number, n, sharded, local) for n in (2, 8) for sharded in (False, True)]
+    config = base_config(policy_folder(settings))
+    names = ["one", *(f"{place.processes}{' sharded' if place.sharded else ''}" for place in places[1:])]
+    columns = [memory.plan(config, settings.ppo, place) for place in places]
+    say(f"GiB of each process, backbone in {'float32' if number == 4 else 'bfloat16'}; see docs/training.md")
+    say(f"{'processes':>52}" + "".join(f"{name:>12}" for name in names))
+    for rows in zip(*columns, strict=True):
+        say(f"{rows[0].what:>52}" + "".join(f"{row.size_bytes / 2**30:12.2f}" for row in rows))
+
+
+def _dismiss() -> None:
+    from trainer.start import dismiss
+
+    dismiss()
+
+
 def _train(settings: Settings, stores: Stores, registry: Registry, shuffle: bool) -> str:
+    from trainer import distributed
     from trainer.start import giving_way, learn
 
+    distributed.start()
     lineage.finish(stores, registry, settings.erasure)
     with giving_way(settings.cycle.niceness), Steps() as steps:
-        result = learn(stores, registry, policy_folder(settings), settings.policy, _sections(settings, shuffle), steps)
+        result = learn(stores, registry, policy_folder(settings), settings.policy, _learning(settings, shuffle), steps)
     return f"candidate {result.adapter_id} ({result.folder})"

@@ -20,7 +20,7 @@ from feedback.errors import InvalidInput, NotAuthenticated
 from feedback.keys import ApiKey, Scope
 from feedback.stores import Stores, open_stores
 from serving.config import ComparisonSettings, RecordSettings, ServerSettings
-from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
+from trainer.config import CycleSettings, HardwareSettings, PPOSettings, RewardModelSettings, RolloutsSettings
 
 
 class Settings(config.Settings):
@@ -37,6 +37,8 @@ class Settings(config.Settings):
     reward_model: RewardModelSettings = RewardModelSettings()
     ppo: PPOSettings = PPOSettings()
     cycle: CycleSettings = CycleSettings()
+    rollouts: RolloutsSettings = RolloutsSettings()
+    hardware: HardwareSettings = HardwareSettings()
 
 
 ConfigPath = Annotated[Path | None, typer.Option("--config", "-c", help="Settings; default plaudit.toml where it exists.")]

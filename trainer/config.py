@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from deploy.config import EngineSettings
 from feedback.config import Section
+from feedback.errors import ConfigError
 
 
 class RewardModelSettings(Section):
@@ -140,6 +143,21 @@ class RolloutsSettings(Section):
     """vLLM servers that serve no people and see the trainer's data folder; none samples in the trainer itself."""
     timeout_s: float = Field(default=600.0, gt=0)
     """How long one of them may take to answer a prompt before the others take over."""
+
+
+def refuse_serving(rollouts: RolloutsSettings, engine: EngineSettings) -> None:
+    """Raises ConfigError where one of `rollouts.urls` is the server that people are answered from."""
+    serving = engine.url or (f"http://127.0.0.1:{engine.port}" if engine.port else None)
+    for url in rollouts.urls:
+        if serving and _address(url) == _address(serving):
+            told = f"rollouts.urls names {url}, which is engine.{'url' if engine.url else 'port'}: people are served from there"
+            raise ConfigError(f"{told}; give replicas that serve nobody, or none to sample in the trainer", field="rollouts.urls")
+
+
+def _address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url if "//" in url else f"//{url}")
+    host = parts.hostname or ""
+    return "127.0.0.1" if host in ("localhost", "::1") else host, parts.port or (443 if parts.scheme == "https" else 80)
 
 
 class HardwareSettings(Section):

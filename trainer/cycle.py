@@ -125,4 +125,5 @@ def _training_body(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
         "seconds": seconds,
         "reward_model": read_json(folder / "reward.json"),
         "stopped_because": ppo["stopped_because"],
+        "warnings": [f"PPO, step {step['step']}: {words}" for step in ppo["steps"] for words in step["alarms"]],
     }

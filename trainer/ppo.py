@@ -119,10 +119,11 @@ def train(
         reference_BT, mask_BT, features_BD = policy.reference_pass(replies, temperature, passes)
         old_BT, _, values_BT, _ = policy.passes(replies, temperature, passes, critic)
         finished_B = torch.tensor([float(reply.finished) for reply in replies])
-        scores_B = (score(replies, features_BD).float() - settings.unfinished_penalty * (1 - finished_B)).to(policy.device)
+        given_B = distributed.from_first(score(replies, features_BD))
+        scores_B = (given_B.float() - settings.unfinished_penalty * (1 - finished_B)).to(policy.device)
         if not torch.isfinite(scores_B).all():
             raise TrainingRefused(f"PPO: a score is not finite in step {step}; the last checkpoint is kept", field="score")
-        stop_score = float(options.stop_score(replies, features_BD).mean()) if options.stop_score else None
+        stop_score = distributed.from_first(float(options.stop_score(replies, features_BD).mean())) if options.stop_score else None
         kl_BT = k1(old_BT, reference_BT) * mask_BT
         scored = time.perf_counter()
         measured = Step(

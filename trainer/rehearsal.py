@@ -68,7 +68,8 @@ def rehearse(stores: Stores, registry: Registry, folder: Path, asked: PolicySett
         done = [path.name for path in sorted(cycle.glob("*.json")) + sorted(cycle.glob("*.safetensors"))]
         found.lines.append(f"goes on with cycle {cycle.name}, which was begun and has {', '.join(done) or 'nothing yet'}")
     use_threads(folder, settings.cycle.threads)
-    policy = Policy.load(folder, rank=settings.ppo.rank, alpha=settings.ppo.alpha, seed=settings.cycle.seed)
+    ppo, on = settings.ppo, settings.hardware
+    policy = Policy.load(folder, rank=ppo.rank, alpha=ppo.alpha, seed=settings.cycle.seed, device=on.device, dtype=on.dtype)
     _say_ratings(found, rows, stores, settings)
     fitting, dropped = within_context(rows, policy, job.system_prompt, job.max_model_len)
     found.lines += dropped + of_another_base(fitting, job.answered_by or {}, base_digests(folder))

@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import aiohttp
 import structlog
 import torch
 from torch import Tensor
 
-from deploy.config import EngineSettings
-from feedback.errors import ConfigError, EngineRefused, EngineUnavailable, PlauditError
+from feedback.errors import EngineRefused, EngineUnavailable, PlauditError
 from trainer import distributed
 from trainer.config import RolloutsSettings
 from trainer.losses import masked_mean
@@ -76,22 +74,9 @@ class LocalRollouts:
         return Sampled(self.policy.sample(prompts, max_tokens=max_tokens, temperature=temperature, seed=seed))
 
 
-def rollouts_for(policy: Policy, settings: RolloutsSettings, engine: EngineSettings, folder: Path) -> Rollouts:
-    """As set. Raises ConfigError where a replica of `rollouts.urls` is the one that people are served from."""
-    if not settings.urls:
-        return LocalRollouts(policy)
-    serving = engine.url or (f"http://127.0.0.1:{engine.port}" if engine.port else None)
-    for url in settings.urls:
-        if serving and _address(url) == _address(serving):
-            told = f"rollouts.urls names {url}, which is engine.{'url' if engine.url else 'port'}: people are served from there"
-            raise ConfigError(f"{told}; give replicas that serve nobody, or none to sample in the trainer", field="rollouts.urls")
-    return VLLMRollouts(policy, settings.urls, folder, settings.timeout_s)
-
-
-def _address(url: str) -> tuple[str, int]:
-    parts = urlsplit(url if "//" in url else f"//{url}")
-    host = parts.hostname or ""
-    return "127.0.0.1" if host in ("localhost", "::1") else host, parts.port or (443 if parts.scheme == "https" else 80)
+def rollouts_for(policy: Policy, settings: RolloutsSettings, folder: Path) -> Rollouts:
+    """As set; see `config.refuse_serving` for servers that may not be named."""
+    return VLLMRollouts(policy, settings.urls, folder, settings.timeout_s) if settings.urls else LocalRollouts(policy)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feedback import files
-from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
+from trainer.config import CycleSettings, HardwareSettings, PPOSettings, RewardModelSettings, RolloutsSettings
 
 if TYPE_CHECKING:
     from deploy.manifest import BaseModelDigests
@@ -39,13 +39,16 @@ class LearningSettings:
     ppo: PPOSettings = field(default_factory=PPOSettings)
     cycle: CycleSettings = field(default_factory=CycleSettings)
     code_version: str = field(default_factory=code_version)
+    rollouts: RolloutsSettings = field(default_factory=RolloutsSettings)
+    hardware: HardwareSettings = field(default_factory=HardwareSettings)
 
     def as_json(self) -> dict[str, Any]:
         """What the outcome depends on, without the code version."""
         sections = {name: getattr(self, name).model_dump(mode="json") for name in ("reward_model", "ppo", "cycle")}
         for name in NO_OUTCOME:
             del sections["cycle"][name]
-        return sections
+        # Where replies come from and what computes round differently; how the work is shared out does not show.
+        return sections | {"rollouts": "vllm" if self.rollouts.urls else "local", "hardware": self.hardware.model_dump(exclude={"shard"})}
 
 
 @dataclass(frozen=True)

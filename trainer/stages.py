@@ -20,8 +20,8 @@ from deploy.manifest import ManifestFields, base_digests, write_adapter
 from feedback import files
 from feedback.errors import SnapshotRedacted, TrainingRefused
 from feedback.snapshot import Snapshot, redacted
+from trainer import distributed, metrics, raters, seeds
 from trainer import facts as facts_suite
-from trainer import metrics, raters, seeds
 from trainer.budget import Step
 from trainer.critic import Warmup
 from trainer.evaluation import Answers, Judge, Sampling, evaluate, kl_of, sample
@@ -32,6 +32,7 @@ from trainer.ppo import Options, train
 from trainer.reply import Reply
 from trainer.reward_model import fit, load
 from trainer.ridge import CrossFit, cross_validate
+from trainer.rollouts import rollouts_for
 from trainer.schedule import Job, LearningSettings
 from trainer.score import Scorer
 from trainer.screening import of_another_base, prompts_of, within_context
@@ -57,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def refuse_redacted(snapshot: Snapshot, folder: Path) -> None:
     """Raises SnapshotRedacted where somebody was erased from the snapshot, and leaves nothing of them in the cycle's folder."""
-    if redacted(snapshot.path):
+    if distributed.from_first(redacted(snapshot.path)):  # or some of several processes would go on
         if (folder / "adapter.json").exists():
             forget(folder)
         else:
@@ -94,7 +95,10 @@ class Stages:
     def _fresh(self, index: int) -> Policy:
         """What run number `index` of PPO starts from."""
         ppo = self.settings.ppo
-        return Policy.load(self.job.policy, rank=ppo.rank, alpha=ppo.alpha, seed=seed_of(self.settings.cycle.seed, index))
+        return self._load(rank=ppo.rank, alpha=ppo.alpha, seed=seed_of(self.settings.cycle.seed, index))
+
+    def _load(self, **how: Any) -> Policy:
+        return Policy.load(self.job.policy, **how, **self.settings.hardware.model_dump())
 
     def label(self) -> None:
         path = self.folder / "labels.safetensors"
@@ -213,6 +217,7 @@ class Stages:
             self.progress(what, min(1.0, step.step / settings.iterations) if settings.iterations else 1.0)
 
         options = Options(
+            rollouts=rollouts_for(policy, self.settings.rollouts, folder),
             stop_score=self._scorer("watch_model.safetensors") if watched else None,
             warmup=Warmup(replies, score.base_scores),
             on_step=on_step,
@@ -252,8 +257,8 @@ class Stages:
             return
         job, settings = self.job, self.settings
         self._policy = None
-        candidate = Policy.load(job.policy, adapter=self.folder / "policy")
-        stable = Policy.load(job.policy, adapter=job.stable) if job.stable else None
+        candidate = self._load(adapter=self.folder / "policy")
+        stable = self._load(adapter=job.stable) if job.stable else None
         model = load(self.folder / "reward_model.safetensors", candidate)
         how = self._sampling(settings.cycle.evaluation_samples, EVALUATION_SEED)
         judge = Judge.of(candidate, model, job.held_out, how, settings.reward_model.clip, self.progress)
@@ -274,7 +279,7 @@ class Stages:
         for index in range(1, self.settings.cycle.seeds):
             folder = folder_of(self.folder, index)
             if (folder / "ppo.json").exists():
-                policy = Policy.load(self.job.policy, adapter=folder / "policy")
+                policy = self._load(adapter=folder / "policy")
                 answers = judge.answers(policy, f"seed {index + 1}", stream=index)
                 kl = kl_of(policy, answers.replies, self.job.temperature)["all_replies"]
                 outcomes.append(seeds.Outcome(seed_of(first, index), answers, kl, read_json(folder / "ppo.json")))

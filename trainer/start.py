@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from deploy.config import PolicySettings
 from deploy.registry import Registry
 from feedback.errors import InvalidInput, PlauditError, SnapshotRedacted
-from feedback.snapshot import build
+from feedback.snapshot import build, load
 from feedback.stores import Stores
-from trainer import metrics
-from trainer.config import CycleSettings, PPOSettings, RewardModelSettings
+from trainer import distributed, metrics
+from trainer.config import CycleSettings
 from trainer.cycle import CycleResult, run_cycle
 from trainer.facts import read_facts
 from trainer.labels import Progress
-from trainer.schedule import Job, LearningSettings, begin, begun, give_up, ratings_now, trained
+from trainer.schedule import Job, LearningSettings, begin, begun, cycle_id, give_up, ratings_now, trained
 from trainer.stages import NOT_FINITE
 
 BY = "trainer"
@@ -62,12 +63,14 @@ def learn(
     registry: Registry,
     policy: Path,
     asked: PolicySettings,
-    sections: tuple[RewardModelSettings, PPOSettings, CycleSettings],
+    settings: LearningSettings,
     progress: Progress,
 ) -> CycleResult:
-    """Train on everything that is in the archive, or finish what a killed trainer began; register the candidate. Raises TrainingRefused."""
+    """Train on everything that is in the archive, or finish what a killed trainer began; register the candidate. Raises TrainingRefused.
+
+    Of several processes this is the first one's; the others `follow`.
+    """
     data_dir = stores.settings.feedback.data_dir
-    settings = LearningSettings(reward_model=sections[0], ppo=sections[1], cycle=sections[2])
     while True:
         unfinished = begun(data_dir)
         if unfinished is None:
@@ -75,6 +78,7 @@ def learn(
             unfinished = begin(snapshot.path, ratings_now(stores.archive), data_dir)
         job = job_of(registry, policy, asked, unfinished.snapshot, settings.cycle)
         try:
+            _lead(job, settings, data_dir)
             with metrics.cycle():
                 result = run_cycle(job, settings, data_dir, registry=registry, by=BY, progress=progress)
         except SnapshotRedacted:  # somebody was erased meanwhile: begin again without them
@@ -87,6 +91,38 @@ def learn(
             raise
         trained(unfinished.ratings, data_dir)
         return result
+
+
+def _lead(job: Job, settings: LearningSettings, data_dir: Path) -> None:
+    """Tell the other processes what to do, and give them what a killed trainer left of it."""
+    if distributed.size() > 1:
+        folder = data_dir / "cycles" / cycle_id(job, settings, load(job.snapshot).digest)
+        left = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        distributed.from_first((job, settings, Path("cycles") / folder.name, left))
+
+
+def dismiss() -> None:
+    """Tell the other processes that nothing comes any more."""
+    distributed.from_first(None)
+
+
+def follow() -> None:
+    """What every process but the first one does: the same cycles, with files of its own that go afterwards.
+
+    They see the first one's disk for the policy and the snapshot. An error is the first one's to tell, which then ends them all.
+    """
+    distributed.start()
+    while True:
+        work: tuple[Job, LearningSettings, Path, dict[str, bytes]] | None = distributed.from_first(None)
+        if work is None:
+            return
+        job, settings, folder, left = work
+        with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(PlauditError):
+            for name, body in left.items():
+                path = Path(scratch) / folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(body)
+            run_cycle(job, settings, Path(scratch), progress=lambda what, share: None)
 
 
 def job_of(registry: Registry, policy: Path, asked: PolicySettings, snapshot: Path, cycle: CycleSettings) -> Job:

@@ -257,8 +257,8 @@ def test_somebody_erased_meanwhile_leaves_nothing_in_the_cycle_and_learning_begi
     held_out.write_text("\n".join(HELD_OUT))
     cycle = CycleSettings(evaluation_samples=2, held_out=held_out)
     asked = PolicySettings(name="tiny", temperature=1.0, max_tokens=12, max_model_len=64)
-    sections = SETTINGS.reward_model, SETTINGS.ppo.model_copy(update={"iterations": 1}), cycle
-    result = start.learn(stores, registry, job.policy, asked, sections, erase_while_it_trains)
+    settings = LearningSettings(SETTINGS.reward_model, SETTINGS.ppo.model_copy(update={"iterations": 1}), cycle)
+    result = start.learn(stores, registry, job.policy, asked, settings, erase_while_it_trains)
     first, second = job.snapshot, tmp_path / "snapshots" / str(read_manifest(result.adapter).snapshot)
     assert erased and second != first and load(first).redacted and not load(second).redacted
     assert {row.rater for row in load(second).rows} == {f"rater-{i}" for i in range(1, 10)}

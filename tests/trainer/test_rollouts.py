@@ -14,7 +14,7 @@ from trainer_world import ask
 
 from deploy.config import EngineSettings
 from feedback.errors import ConfigError, EngineRefused, EngineUnavailable
-from trainer.config import RolloutsSettings
+from trainer.config import RolloutsSettings, refuse_serving
 from trainer.losses import importance_weights
 from trainer.policy import Policy
 from trainer.rollouts import LocalRollouts, Rollouts, VLLMRollouts, alarms, rollouts_for
@@ -142,9 +142,10 @@ def test_replicas_that_serve_people_are_refused_by_name(tmp_path: Path) -> None:
     asked = RolloutsSettings(urls=("http://gpu7:8000", "http://localhost:8123/"))
     for engine, name in ((EngineSettings(url="http://127.0.0.1:8123"), "url"), (EngineSettings(port=8123), "port")):
         with pytest.raises(ConfigError, match=rf"http://localhost:8123/, which is engine\.{name}"):
-            rollouts_for(policy, asked, engine, tmp_path)
-    assert isinstance(rollouts_for(policy, asked, EngineSettings(url="http://gpu8:8000"), tmp_path), VLLMRollouts)
-    assert isinstance(rollouts_for(policy, RolloutsSettings(), EngineSettings(), tmp_path), LocalRollouts)
+            refuse_serving(asked, engine)
+    refuse_serving(asked, EngineSettings(url="http://gpu8:8000"))
+    assert isinstance(rollouts_for(policy, asked, tmp_path), VLLMRollouts)
+    assert isinstance(rollouts_for(policy, RolloutsSettings(), tmp_path), LocalRollouts)
 
 
 def test_alarms_by_hand() -> None:
