@@ -44,7 +44,7 @@ SETTINGS = LearningSettings(
 
 def utility(answer: str, finished: bool) -> float:
     """People like to hear of tea and bread, and answers that end."""
-    return 2.0 * (answer.count("tea") + answer.count("bread") + finished - 1.0)
+    return 4.0 * (answer.count("tea") + answer.count("bread") + finished - 1.0)
 
 
 def _answered(
@@ -79,7 +79,7 @@ def rated(stores: Stores, policy: Policy, count: int) -> None:
     """`count` comparisons by simulated raters, and a thumb on the first answer of each."""
     rng = np.random.default_rng(0)
     encoded = [policy.encode([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
-    replies = policy.sample([encoded[i % len(PROMPTS)] for i in range(2 * count)], max_tokens=12, temperature=1.0, seed=3)
+    replies = policy.sample([encoded[i % len(PROMPTS)] for i in range(2 * count)], max_tokens=12, temperature=1.0, seed=4)
     events: list[Event] = []
     for index in range(count):
         prompt, rater, comparison = PROMPTS[index % len(PROMPTS)], f"rater-{index % RATERS}", f"comparison-{index}"
