@@ -33,7 +33,7 @@ from trainer.config import CycleSettings
 from trainer.cycle import CycleResult, run_cycle
 from trainer.losses import value_loss
 from trainer.policy import Policy
-from trainer.schedule import Job, begin, begun, give_up, ratings_now, should_train, trained
+from trainer.schedule import Job, LearningSettings, begin, begun, give_up, ratings_now, should_train, trained
 from trainer.stages import NOT_FINITE
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,11 +101,9 @@ def test_what_a_token_keeps_for_the_backward_pass(dtype: str, number: int) -> No
     assert sum(kept.values()) / tokens == pytest.approx(shape.layers * shape.saved(8, number), rel=0.1)
 
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 BASES: dict[str, dict[str, object]] = {
-    name: dict[str, object](
-        zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"), sizes, strict=True)
-    )
-    | {"head_dim": head, "vocab_size": words, "tie_word_embeddings": tied}
+    name: {**dict(zip(SIZES, sizes, strict=True)), "head_dim": head, "vocab_size": words, "tie_word_embeddings": tied}
     for name, sizes, head, words, tied in (
         ("SmolLM2 135M", (576, 30, 9, 3, 1536), 64, 49_152, True),
         ("Qwen 2.5 0.5B", (896, 24, 14, 2, 4864), 64, 151_936, True),
@@ -112,3 +112,53 @@ BASES: dict[str, dict[str, object]] = {
         ("Llama 3.1 8B", (4096, 32, 32, 8, 14_336), 128, 128_256, False),
     )
 }
+
+
+def row_of(name: str) -> str:
+    """A base's line in the table of docs/training.md."""
+    ppo = PPOSettings(rank=16, rollouts=256, microbatch_tokens=2048)
+    places = [Where(1024, local=False), *(Where(1024, 2, n, True, False) for n in (2, 8))]
+    columns = [plan(BASES[name], ppo, place) for place in places]
+    cells = [*(row.size_bytes for row in columns[0][:3]), *(rows[-1].size_bytes for rows in columns)]
+    return f"| {name} | " + " | ".join(f"{cell / 2**30:.1f}" for cell in cells) + " |"
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_documented_table_is_the_plans(name: str) -> None:
+    assert row_of(name) in (ROOT / "docs" / "training.md").read_text()
+
+
+MEASURE = """
+import json, sys, threading
+from pathlib import Path
+import peft, torch, transformers
+from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
+from trainer.policy import Policy
+from trainer.ppo import train
+from trainer.config import PPOSettings
+
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+torch.set_num_threads(1)
+before, peak, done = resident(), [0], threading.Event()
+def watch():
+    while not done.wait(0.01):
+        peak[0] = max(peak[0], resident())
+watcher = threading.Thread(target=watch)
+watcher.start()
+policy = Policy.load(Path(sys.argv[1]))
+prompts = [tuple(range(5 + i, 15 + i)) for i in range(8)]
+train(policy, prompts, lambda replies, features: torch.zeros(len(replies)), PPOSettings(**json.loads(sys.argv[2])), max_tokens=40, temperature=1.0)
+done.set()
+watcher.join()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.slow
+def test_the_plan_against_what_a_step_really_takes() -> None:
+    asked = {"iterations": 1, "rollouts": 64, "minibatch": 64, "epochs": 1, "microbatch_tokens": 4096}
+    command = [sys.executable, "-c", MEASURE, str(CONCIERGE), json.dumps(asked)]
+    measured = int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=300).stdout.split()[-1])
+    planned = plan(json.loads((CONCIERGE / "config.json").read_text()), PPOSettings(**asked), Where(50, number=4))[-1].size_bytes
+    # Some 300 MB; what is left of a factor is the allocator's.
+    assert measured / 1.5 < planned < measured * 1.5
