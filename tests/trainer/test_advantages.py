@@ -17,6 +17,10 @@ def test_the_score_lands_on_the_last_real_token() -> None:
     assert rewards[1].tolist() == pytest.approx([-0.4, 19.5, 0.0], abs=1e-5)
 
 
+def test_a_reward_notices_a_flipped_kl() -> None:
+    assert token_rewards(torch.tensor([10.0, 20.0]), -torch.ones(2, 3), MASK, 0.1)[0, 0].item() == pytest.approx(0.1, abs=1e-5)
+
+
 def test_gae_by_hand() -> None:
     rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.2, 0.4, 0.6]])
     # deltas 0.2, 0.2, 0.4; lam 0.5: A3 = 0.4, A2 = 0.2 + 0.2 = 0.4, A1 = 0.2 + 0.2 = 0.4

@@ -68,6 +68,17 @@ def test_importance_weights_are_a_separate_factor() -> None:
     assert policy_loss(NEW, OLD, ADVANTAGES, MASK, 0.2, weights).loss.item() == pytest.approx(-2.2, abs=1e-5)
 
 
+def test_a_loss_is_a_sum_over_tokens_so_groups_add_up() -> None:
+    # Two replies of 2 and 1 tokens: parts weighted by their share of the 3 tokens are the whole, in any cut.
+    new, old, A = NEW.repeat(2, 1), OLD.repeat(2, 1), torch.tensor([[2.0, -1.0, 0.0], [3.0, 0.0, 0.0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    # -2.4 and 0.8 as above, and max(-3·1.5, -3·1.2) = -3.6 of the second: -5.2 / 3
+    whole = policy_loss(new, old, A, mask, 0.2).loss.item()
+    assert whole == pytest.approx(-5.2 / 3, abs=1e-5)
+    parts = [policy_loss(new[[i]], old[[i]], A[[i]], mask[[i]], 0.2).loss.item() * float(mask[i].sum()) / 3 for i in range(2)]
+    assert sum(parts) == pytest.approx(whole, abs=1e-5)
+
+
 def test_a_reply_as_one_action_by_hand() -> None:
     # RLOO: the ratio of the whole reply is 1.5·0.5 = 0.75; A = -2: max(1.5, 2·0.8) = 1.6
     out = policy_loss((NEW * MASK).sum(1, keepdim=True), (OLD * MASK).sum(1, keepdim=True), torch.tensor([[-2.0]]), torch.ones(1, 1), 0.2)

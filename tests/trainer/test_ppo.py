@@ -148,6 +148,8 @@ def test_policy_and_critic_adapters_do_not_pull_at_each_other(folder: Path) -> N
         assert bool(other) == (kind == "adapter")
         # The critic's head is 0 in the first step, so its adapter moves from the second on.
         assert all(float(value.abs().max()) > 0 for value in other.values())
+    run(policy, FAST.model_copy(update={"iterations": 1}))
+    assert not policy.state("critic"), "another run begins without the last one's critic"
     # Both critics say 0 in the first iteration: whatever the critic's adapter learnt, the policy's learnt the same.
     assert all(torch.equal(value, states["adapter"][name]) for name, value in states["head"].items())
 

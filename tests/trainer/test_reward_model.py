@@ -196,6 +196,11 @@ def test_each_prompt_gets_its_own_zero_and_the_base_its_unit() -> None:
     assert scorer.base_scores.mean().item() == pytest.approx(0.0, abs=0.02)
     spread = torch.stack([scores[labels.prompts_N == p].var() for p in range(3)]).mean().sqrt().item()
     assert 0.5 < spread < 1.5
+    # A score does not hang on who else is scored.
+    backwards = scorer.score(prompts[::-1], labels.features_ND.flip(0)).flip(0)
+    alone = torch.cat([scorer.score(prompts[i : i + 1], labels.features_ND[i : i + 1]) for i in range(10)])
+    assert torch.allclose(scores, backwards, atol=1e-5)
+    assert torch.allclose(scores[:10], alone, atol=1e-5)
     # A shift of all answers to a prompt, zero included, changes nothing.
     moved = labels.features_ND + 7.0
     shifted = Scorer(model, Normaliser.fit(model, prompts, moved), clip=4.0).score(prompts, moved)
