@@ -147,7 +147,8 @@ watcher = threading.Thread(target=watch)
 watcher.start()
 policy = Policy.load(Path(sys.argv[1]))
 prompts = [tuple(range(5 + i, 15 + i)) for i in range(8)]
-train(policy, prompts, lambda replies, features: torch.zeros(len(replies)), PPOSettings(**json.loads(sys.argv[2])), max_tokens=40, temperature=1.0)
+settings = PPOSettings(**json.loads(sys.argv[2]))
+train(policy, prompts, lambda replies, features: torch.zeros(len(replies)), settings, max_tokens=40, temperature=1.0)
 done.set()
 watcher.join()
 print(peak[0] - before)
@@ -159,6 +160,8 @@ def test_the_plan_against_what_a_step_really_takes() -> None:
     asked = {"iterations": 1, "rollouts": 64, "minibatch": 64, "epochs": 1, "microbatch_tokens": 4096}
     command = [sys.executable, "-c", MEASURE, str(CONCIERGE), json.dumps(asked)]
     measured = int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=300).stdout.split()[-1])
-    planned = plan(json.loads((CONCIERGE / "config.json").read_text()), PPOSettings(**asked), Where(50, number=4))[-1].size_bytes
+    planned = plan(json.loads((CONCIERGE / "config.json").read_text()), PPOSettings.model_validate(asked), Where(50, number=4))[
+        -1
+    ].size_bytes
     # Some 300 MB; what is left of a factor is the allocator's.
     assert measured / 1.5 < planned < measured * 1.5
