@@ -113,6 +113,8 @@ def _say_labels(found: Rehearsal, rows: Sequence[Row], settings: LearningSetting
     shuffled = "; the ratings are shuffled, as a control" if settings.cycle.shuffle_labels else ""
     choices = sum(row.kind == "choice" for row in kept)
     kind = "ridge on frozen features"
+    if choices >= reward.ensemble_from_choices:
+        kind += ", beside it an adapter of its own with an ensemble of heads, and what foresees more of the two"
     found.lines.append(
         f"reward model: {kind}, {len(kept)} ratings ({choices} choices) by {raters} raters; {other if second else few}{shuffled}"
     )
