@@ -30,7 +30,7 @@ from examples.base import Rater
 from examples.concierge.world import World
 from examples.ring import PPO
 from feedback.snapshot import Outcome, Row
-from trainer.budget import Run, Step
+from trainer.budget import Run, Step, Watched
 from trainer.config import PPOSettings, RewardModelSettings
 from trainer.critic import Warmup
 from trainer.evaluation import Sampling, sample
@@ -51,14 +51,14 @@ Adapter = dict[str, Tensor]
 INSIDE, OUTSIDE = range(5), range(3)
 COMPARISONS, MORE_COMPARISONS, QUICK_COMPARISONS = 180, 720, 48
 """With thumbs on both answers 180 give about 500 ratings."""
-LONG = 32
+FREE, LONG = 80, 32
 """Iterations of a run that nothing ends, and of all runs outside."""
 UNLIMITED_NATS = 1e6
 """A budget that no run reaches: beta starts at 0.0007 and falls."""
 WIDE_NATS = 10.0
 """The largest budget that the product chooses by itself; the usual one of some 2 nats does not lead beyond what was rated."""
-EVERY = 3
-"""Gold is measured at every third step of the long runs, and where something ends."""
+EVERY = 4
+"""Gold is measured at every fourth step of the long runs, and where something ends."""
 GOLD_SAMPLES = 16
 """Answers to each held-out prompt that gold is measured on; all checkpoints of a world are measured with the same seed."""
 CLIP = 4.0
@@ -100,7 +100,7 @@ def ppo(**changed: object) -> PPOSettings:
 
 def unlimited() -> PPOSettings:
     """Neither budget nor stop."""
-    return ppo(iterations=LONG, kl_target_nats=UNLIMITED_NATS, patience=10 * LONG)
+    return ppo(iterations=FREE, kl_target_nats=UNLIMITED_NATS, patience=10 * FREE)
 
 
 class Town:
@@ -137,9 +137,12 @@ class Town:
             rows += [_row(f"{stream}-{index}-{i}", rater, prompt, about, said) for i, (about, said) in enumerate(opinions) if said]
         return rows
 
-    def rewards(self, rows: Sequence[Row]) -> tuple[Scorer, Scorer | None]:
-        """The reward model of most raters, and that of the others, both on the scale of the base's answers."""
-        how = RewardModelSettings(maps=("linear",), ridges=(0.3, 1.0, 3.0), folds=2) if quick() else RewardModelSettings()
+    def rewards(self, rows: Sequence[Row], *, watched: bool = False) -> tuple[Scorer, Scorer | None]:
+        """The reward model, as shipped, or that of most raters and that of the others; on the scale of the base's answers."""
+        quickly: dict[str, object] = {"maps": ("linear",), "ridges": (0.3, 1.0, 3.0), "folds": 2} if quick() else {}
+        # So few raters make no second reward model that may stop anything; here it is only looked at.
+        few: dict[str, object] = {"watch_min_raters": 2, "watch_min_labels": 1} if watched else {}
+        how = RewardModelSettings.model_validate(quickly | few)
         labels = from_snapshot(rows, self.policy, None)
         main, others = split_raters(labels, how.watch_share, how.watch_min_raters, how.watch_min_labels, how.seed)
         # As a cycle does: map and ridge are chosen once, on all ratings.
@@ -168,6 +171,12 @@ class Town:
     ) -> tuple[Curve, Adapter]:
         """PPO from the base or from another adapter: what was measured, and the adapter that is released."""
         states: list[Adapter] = []
+        seen: list[Watched] = []
+
+        def watch(replies: list[Reply], features_BD: Tensor) -> Watched:
+            assert stop is not None
+            seen.append(stop.watched(replies, features_BD))
+            return seen[-1]
 
         def remembered(replies: list[Reply], features_BD: Tensor) -> Tensor:
             states.append(self.policy.state())
@@ -184,9 +193,9 @@ class Town:
             max_tokens=self.example.max_tokens,
             temperature=self.example.temperature,
             seed=self.seed,
-            options=Options(stop_score=stop, warmup=Warmup(replies, from_base_N)),
+            options=Options(watch=watch if stop else None, warmup=Warmup(replies, from_base_N)),
         )
-        stopped = self.stopped(result.steps)
+        stopped = self.stopped(result.steps, seen) if stop else len(result.steps) - 1
         measured = {*range(0, len(states), every), result.released, stopped, len(states) - 1}
         return {
             "gain": [self.gold(state) - self.zero if step in measured else None for step, state in enumerate(states)],
@@ -197,12 +206,12 @@ class Town:
             "other_raters_would_release": stopped,
         }, states[result.released]
 
-    def stopped(self, steps: Sequence[Step]) -> int:
+    def stopped(self, steps: Sequence[Step], seen: Sequence[Watched]) -> int:
         """The step that the other raters' reward model alone would release."""
         run = Run(unlimited().model_copy(update={"patience": PPOSettings().patience}))
-        for step in steps:
+        for step, watched in zip(steps, seen, strict=True):
             run.beta_for(step.reply_tokens)
-            if run.judge(step, self.policy):
+            if run.judge(step, self.policy, watched):
                 break
             run.finish(step)
         return run.result(self.policy).released
@@ -243,7 +252,7 @@ def inside(seed: int, comparisons: int) -> dict[str, Any]:
     rows = town.rated(comparisons, 1, reference=True)
     rewards = town.rewards(rows)
     chosen, _ = town.climb(*rewards, ppo(), every=1)
-    free, _ = town.climb(*rewards, unlimited())
+    free, _ = town.climb(*town.rewards(rows, watched=True), unlimited())
     return {"ratings": len(rows), "chosen": chosen, "free": free}
 
 
@@ -251,7 +260,7 @@ def labelled(seed: int, comparisons: int) -> dict[str, Any]:
     """Only the run that nothing ends: does its peak move with the number of ratings?"""
     town = Town(seed, "inside")
     rows = town.rated(comparisons, 1, reference=True)
-    free, _ = town.climb(*town.rewards(rows), unlimited())
+    free, _ = town.climb(*town.rewards(rows, watched=True), unlimited())
     return {"ratings": len(rows), "free": free}
 
 

@@ -43,6 +43,16 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What the reward model of other raters makes of an iteration's replies."""
+
+    score: float
+    """Mean, in sd of the base's answers."""
+    place_S: Tensor
+    """Where the policy stands, in coordinates in which the length of a difference is the sd of the difference of scores."""
+
+
+@dataclass(frozen=True)
 class Result:
     """How training ended; the policy holds the adapter of `released`."""
 
@@ -69,7 +79,9 @@ class Run:
         self.beta: float | None = None
         self.target = 0.0
         self.good: tuple[int, dict[str, Tensor]] | None = None
-        self.best_stop: tuple[float, int, dict[str, Tensor]] | None = None
+        self.recent: list[Watched] = []
+        """The last `patience` iterations by the reward model of other raters."""
+        self.best_stop: tuple[Watched, int, dict[str, Tensor]] | None = None
         self.reason = "all iterations were done"
 
     @property
@@ -83,7 +95,7 @@ class Run:
             self.beta = (2 * self.target) ** -0.5
         return self.beta
 
-    def judge(self, measured: Step, policy: Policy) -> bool:
+    def judge(self, measured: Step, policy: Policy, watched: Watched | None = None) -> bool:
         """Whether to end here. Keeps the adapter that was just measured, if it is within the target.
 
         Between target and hard stop training goes on, because the controller may lead it back, but nothing is kept: 32 replies
@@ -95,7 +107,7 @@ class Run:
             return True
         if measured.kl_nats <= self.target:
             self.good = (measured.step, policy.state())
-        if measured.stop_score is not None and self._fallen(measured):
+        if watched is not None and self._fallen(watched):
             self.steps.append(measured)
             return True
         if measured.step == self.settings.iterations:
@@ -103,26 +115,30 @@ class Run:
             return True
         return False
 
-    def _fallen(self, measured: Step) -> bool:
-        """Whether the other raters' reward model has fallen from its best by more than its noise, both as means of `patience` steps.
+    def _fallen(self, watched: Watched) -> bool:
+        """Whether the other raters' reward model has fallen from its best beyond doubt, both as means of `patience` steps.
 
-        Then the adapter that was good at its best is released; one beyond the target never is, however well it did.
-        Scores have unit sd, so the difference of two means of k·n replies has a standard error of sqrt(2 / (k·n)).
+        Then the adapter that was good at its best is released; one beyond the target never is, however well it did. There are two
+        doubts. Scores have unit sd, so the difference of two means of k·n replies has a variance of 2 / (k·n); and few raters leave
+        open what they would think of the change, which is the variance of the model's own posterior.
         """
-        scores = [step.stop_score for step in (*self.steps, measured) if step.stop_score is not None]
         k = self.settings.patience
-        if len(scores) < k:
+        self.recent = [*self.recent, watched][-k:]
+        if len(self.recent) < k:
             return False
-        mean = sum(scores[-k:]) / k
+        now = Watched(sum(each.score for each in self.recent) / k, torch.stack([each.place_S for each in self.recent]).mean(0))
         assert self.good is not None
-        if self.best_stop is None or mean > self.best_stop[0]:
-            self.best_stop = (mean, *self.good)
+        if self.best_stop is None or now.score > self.best_stop[0].score:
+            self.best_stop = (now, *self.good)
             return False
-        noise = 2 * (2 / (k * self.settings.rollouts)) ** 0.5
-        if mean > self.best_stop[0] - noise:
+        best, step, adapter = self.best_stop
+        doubt = 2 * (2 / (k * self.settings.rollouts) + float((now.place_S - best.place_S).square().sum())) ** 0.5
+        if now.score > best.score - doubt:
             return False
-        self.good = self.best_stop[1:]
-        self.reason = f"other raters' reward model fell from {self.best_stop[0]:.2f} at step {self.good[0]} to {mean:.2f}"
+        self.good = (step, adapter)
+        self.reason = (
+            f"other raters' reward model fell from {best.score:.2f} at step {step} to {now.score:.2f}, beyond its doubt of {doubt:.2f}"
+        )
         return True
 
     def finish(self, done: Step) -> None:
@@ -139,7 +155,9 @@ class Run:
     def save(self, path: Path | None, policy: Policy, critic: Critic | None, optimiser: torch.optim.Optimizer) -> None:
         if path is None or distributed.rank() > 0:
             return
-        mine = {"identity": self.identity, "beta": self.beta, "target": self.target, "good": self.good, "best_stop": self.best_stop}
+        recent = [(each.score, each.place_S) for each in self.recent]
+        best = self.best_stop and ((self.best_stop[0].score, self.best_stop[0].place_S), *self.best_stop[1:])
+        mine = {"identity": self.identity, "beta": self.beta, "target": self.target, "good": self.good, "recent": recent, "best_stop": best}
         adapters = policy.state() | policy.state(CRITIC)
         head = None if critic is None else critic.state_dict()
         state = {"adapters": adapters, "critic": head, "optimiser": optimiser.state_dict(), **mine}
@@ -160,6 +178,8 @@ class Run:
         if critic is not None:
             critic.load_state_dict(state["critic"])
         optimiser.load_state_dict(state["optimiser"])
-        self.beta, self.target, self.good, self.best_stop = (state[name] for name in ("beta", "target", "good", "best_stop"))
+        self.beta, self.target, self.good = (state[name] for name in ("beta", "target", "good"))
+        self.recent = [Watched(*each) for each in state["recent"]]
+        self.best_stop = state["best_stop"] and (Watched(*state["best_stop"][0]), *state["best_stop"][1:])
         self.steps = [Step(**step) for step in state["steps"]]
         return True

@@ -33,9 +33,9 @@ class RewardModelSettings(Section):
     watch_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of the raters kept for a second reward model that may stop PPO early; 0 uses all raters for the first."""
     watch_min_raters: int = Field(default=8, ge=2)
-    """With fewer raters there is no second reward model."""
+    """With fewer raters in that share there is no second reward model."""
     watch_min_labels: int = Field(default=150, ge=1)
-    """With fewer ratings there is no second reward model."""
+    """With fewer ratings in that share there is no second reward model."""
     min_likelihood_gain: float = Field(default=0.0, ge=0)
     """Nats a rating of unseen prompts that it must foresee, at the lower bound, before PPO optimises it."""
     ensemble_from_choices: int = Field(default=2000, ge=1)

@@ -65,7 +65,13 @@ class Ensemble:
 
     def score_mapped(self, mapped_BM: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and sd over the members, both of shape B."""
-        return mapped_BM.mean(1), mapped_BM.std(1)
+        return mapped_BM.mean(1), self.spread(mapped_BM).norm(dim=1)
+
+    def spread(self, mapped_BM: Tensor) -> Tensor:
+        """Members' scores from their mean, so that the squared length is their variance."""
+        members = mapped_BM.shape[1]
+        away_BM: Tensor = (mapped_BM - mapped_BM.mean(1, keepdim=True)) / (members - 1) ** 0.5
+        return away_BM
 
     def score(self, features_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and sd of each answer's score, both of shape B, float64."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from feedback.errors import TrainingRefused
 from trainer import distributed
 from trainer.advantages import gae, leave_one_out, token_rewards
-from trainer.budget import Result, Run, Step
+from trainer.budget import Result, Run, Step, Watched
 from trainer.config import PPOSettings
 from trainer.critic import Critic, Warmup
 from trainer.losses import explained_variance, importance_weights, k1, masked_whiten, policy_loss, value_loss
@@ -35,6 +35,8 @@ from trainer.rollouts import LocalRollouts, Rollouts, alarms
 
 Score = Callable[[list[Reply], Tensor], Tensor]
 """(replies, features_BD) -> scores_B. A reward model reads the features, a known preference decodes the replies."""
+Watch = Callable[[list[Reply], Tensor], Watched]
+"""The same for the reward model of other raters, about all replies together."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Options:
 
     rollouts: Rollouts | None = None
     """Default: in this process."""
-    stop_score: Score | None = None
+    watch: Watch | None = None
     """The reward model of other raters: it may only stop earlier."""
     warmup: Warmup | None = None
     on_step: Callable[[Step], None] | None = None
@@ -123,13 +125,13 @@ def train(
         scores_B = (given_B.float() - settings.unfinished_penalty * (1 - finished_B)).to(policy.device)
         if not torch.isfinite(scores_B).all():
             raise TrainingRefused(f"PPO: a score is not finite in step {step}; the last checkpoint is kept", field="score")
-        stop_score = distributed.from_first(float(options.stop_score(replies, features_BD).mean())) if options.stop_score else None
+        watched = distributed.from_first(options.watch(replies, features_BD)) if options.watch else None
         kl_BT = k1(old_BT, reference_BT) * mask_BT
         scored = time.perf_counter()
         measured = Step(
             step=step,
             score=float(scores_B.mean()),
-            stop_score=stop_score,
+            stop_score=watched.score if watched else None,
             kl_nats=float(kl_BT.sum(1).mean()),
             beta=run.beta_for(float(mask_BT.sum(1).mean())),
             reply_tokens=float(mask_BT.sum(1).mean()),
@@ -138,7 +140,7 @@ def train(
             score_s=scored - generated,
             alarms=() if sampled.behaviour_BT is None else alarms(old_BT, sampled.behaviour_BT, mask_BT),
         )
-        if run.judge(measured, policy):
+        if run.judge(measured, policy, watched):
             if options.on_step:
                 options.on_step(measured)
             break

@@ -109,7 +109,7 @@ def _say_labels(found: Rehearsal, rows: Sequence[Row], settings: LearningSetting
     raters = len({row.rater for row in kept})
     second = two_models(raters, len(kept), reward.watch_share, reward.watch_min_raters, reward.watch_min_labels)
     other = f"a second one by {round(raters * reward.watch_share)} of them may stop PPO earlier"
-    few = f"no second one (needs {reward.watch_min_raters} raters and {reward.watch_min_labels} ratings)"
+    few = f"no second one ({reward.watch_share:.0%} of the raters must be {reward.watch_min_raters} with {reward.watch_min_labels} ratings)"
     shuffled = "; the ratings are shuffled, as a control" if settings.cycle.shuffle_labels else ""
     choices = sum(row.kind == "choice" for row in kept)
     kind = "ridge on frozen features"

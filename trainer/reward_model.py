@@ -51,6 +51,10 @@ class RewardModel(Protocol):
         """Mean and sd of the score, both of shape B, float64, for rows of `mapped` or differences of them."""
         ...
 
+    def spread(self, mapped_BP: Tensor) -> Tensor:
+        """Coordinates of rows of `mapped`, or differences of them, B x S, in which the length of a row is its score's sd."""
+        ...
+
     def score(self, features_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and sd of each answer's score, both of shape B, float64."""
         ...

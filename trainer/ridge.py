@@ -191,8 +191,16 @@ class RidgeModel:
 
     def score_mapped(self, mapped_BP: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and sd of the score, both of shape B."""
-        variance_B = ((mapped_BP @ self.covariance_PP) * mapped_BP).sum(1)
-        return mapped_BP @ self.weights_P, variance_B.clamp(min=0).sqrt()
+        return mapped_BP @ self.weights_P, self.spread(mapped_BP).norm(dim=1)
+
+    def spread(self, mapped_BP: Tensor) -> Tensor:
+        """x·L, where the covariance is L·Lᵀ: its squared length is x·covariance·x."""
+        return mapped_BP @ self._root_PP
+
+    @cached_property
+    def _root_PP(self) -> Tensor:
+        root_PP: Tensor = torch.linalg.cholesky(self.covariance_PP)
+        return root_PP
 
     def score(self, features_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and sd of each answer's score, both of shape B, float64."""

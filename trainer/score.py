@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from feedback.errors import TrainingRefused
+from trainer.budget import Watched
 from trainer.reward_model import RewardModel
 
 if TYPE_CHECKING:
@@ -78,15 +79,25 @@ class Scorer:
     def __call__(self, replies: Sequence[Reply], frozen_BD: Tensor) -> Tensor:
         return self.score([reply.prompt for reply in replies], self.model.features(replies, frozen_BD))
 
+    def watched(self, replies: Sequence[Reply], frozen_BD: Tensor) -> Watched:
+        """What the model makes of these replies as a whole, without a penalty: how far it has come matters here, not how sure it is."""
+        away_BP = self._from_centres([reply.prompt for reply in replies], self.model.features(replies, frozen_BD))
+        mean_B, _ = self.model.score_mapped(away_BP)
+        place_1S = self.model.spread(away_BP.mean(0, keepdim=True)) / self.normaliser.unit
+        return Watched(float(self._clipped(mean_B / self.normaliser.unit).mean()), place_1S[0])
+
     def score(self, prompts: Sequence[Prompt], features_BD: Tensor) -> Tensor:
         """Scores of the model's own features, shape B, float32. Raises TrainingRefused for a prompt without base answers."""
+        mean_B, sd_B = self.model.score_mapped(self._from_centres(prompts, features_BD))
+        scores_B = (mean_B - POSTERIOR_PENALTY * sd_B - self.normaliser.zero) / self.normaliser.unit
+        return self._clipped(scores_B)
+
+    def _from_centres(self, prompts: Sequence[Prompt], features_BD: Tensor) -> Tensor:
         unknown = [prompt for prompt in prompts if prompt not in self.normaliser.centres]
         if unknown:
             raise TrainingRefused(f"score: {len(unknown)} prompts have no base answers, so they have no zero", field="prompts")
         centres_BP = torch.stack([self.normaliser.centres[prompt] for prompt in prompts])
-        mean_B, sd_B = self.model.score_mapped(self.model.mapped(features_BD) - centres_BP)
-        scores_B = (mean_B - POSTERIOR_PENALTY * sd_B - self.normaliser.zero) / self.normaliser.unit
-        return self._clipped(scores_B)
+        return self.model.mapped(features_BD) - centres_BP
 
     @property
     def base_scores(self) -> Tensor:

@@ -218,7 +218,7 @@ class Stages:
 
         options = Options(
             rollouts=rollouts_for(policy, self.settings.rollouts, folder),
-            stop_score=self._scorer("watch_model.safetensors") if watched else None,
+            watch=self._scorer("watch_model.safetensors").watched if watched else None,
             warmup=Warmup(replies, score.base_scores),
             on_step=on_step,
             checkpoint=folder / "ppo.pt",
@@ -339,8 +339,8 @@ def _ratings_by_rater(labels: Labels) -> list[int]:
 
 
 def two_models(raters: int, ratings: int, share: float, min_raters: int, min_labels: int) -> bool:
-    """Whether raters suffice for a second reward model."""
-    return share > 0 and raters >= min_raters and ratings >= min_labels
+    """Whether the share of the raters that is kept for a second reward model is enough for one."""
+    return round(raters * share) >= min_raters and ratings * share >= min_labels
 
 
 def split_raters(labels: Labels, share: float, min_raters: int, min_labels: int, seed: int) -> tuple[Labels, Labels | None]:
@@ -350,6 +350,6 @@ def split_raters(labels: Labels, share: float, min_raters: int, min_labels: int,
         return labels, None
     order = torch.randperm(raters, generator=torch.Generator().manual_seed(seed))
     others = torch.zeros(raters, dtype=torch.bool)
-    others[order[: max(1, round(raters * share))]] = True
+    others[order[: round(raters * share)]] = True
     main, watch = labels.where_rater(~others), labels.where_rater(others)
     return (main, watch) if main.count and watch.count else (labels, None)

@@ -18,7 +18,7 @@ from trainer_world import tiny_policy
 
 from deploy.process import free_port
 from trainer import distributed
-from trainer.budget import Step
+from trainer.budget import Step, Watched
 from trainer.config import PPOSettings
 from trainer.critic import Warmup
 from trainer.policy import Policy
@@ -53,7 +53,11 @@ def program(folder: Path, out: Path, shard: bool) -> None:
     out.mkdir(exist_ok=True)
     policy = Policy.load(folder, shard=shard)
     base = policy.sample(PROMPTS * 2, max_tokens=6, temperature=0.7, seed=9)
-    options = Options(stop_score=low_words, warmup=Warmup(base, low_words(base, policy.features(base))), checkpoint=out / "ppo.pt")
+    options = Options(
+        watch=lambda replies, features: Watched(float(low_words(replies, features).mean()), torch.zeros(1)),
+        warmup=Warmup(base, low_words(base, policy.features(base))),
+        checkpoint=out / "ppo.pt",
+    )
     with contextlib.suppress(Killed):
         train(policy, PROMPTS, low_words, SETTINGS, max_tokens=6, temperature=0.7, options=replace(options, on_step=kill))
     policy = Policy.load(folder, shard=shard)

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer_world import tiny_policy
 
 from feedback.errors import TrainingRefused
-from trainer.budget import Result, Run, Step, kl_budget
+from trainer.budget import Result, Run, Step, Watched, kl_budget
 from trainer.config import PPOSettings
 from trainer.critic import Warmup
 from trainer.losses import PolicyLoss, policy_loss
@@ -33,6 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def low_words(replies: list[Reply], features_BD: Tensor) -> Tensor:
     """Likes the first half of the vocabulary; from -4 to 4, so that its sd is about 1."""
     return torch.tensor([8 * sum(t < 32 for t in reply.tokens) / len(reply.tokens) - 4 for reply in replies])
+
+
+def watched_low_words(replies: list[Reply], features_BD: Tensor) -> Watched:
+    return Watched(float(low_words(replies, features_BD).mean()), torch.zeros(1))
 
 
 def run(policy: Policy, settings: PPOSettings, score: Score = low_words, **options: object) -> Result:
@@ -92,7 +96,7 @@ def base_scores(policy: Policy) -> Warmup:
 def test_a_killed_run_goes_on_bit_equal(folder: Path, tmp_path: Path, kind: str) -> None:
     settings, whole = KINDS[kind], Policy.load(folder)
     warmup = base_scores(whole)
-    expected = run(whole, settings, stop_score=low_words, warmup=warmup)
+    expected = run(whole, settings, watch=watched_low_words, warmup=warmup)
 
     class Killed(Exception):
         pass
@@ -103,9 +107,9 @@ def test_a_killed_run_goes_on_bit_equal(folder: Path, tmp_path: Path, kind: str)
 
     path = tmp_path / "ppo.pt"
     with pytest.raises(Killed):
-        run(Policy.load(folder), settings, stop_score=low_words, warmup=warmup, checkpoint=path, on_step=kill)
+        run(Policy.load(folder), settings, watch=watched_low_words, warmup=warmup, checkpoint=path, on_step=kill)
     resumed = Policy.load(folder)
-    result = run(resumed, settings, stop_score=low_words, checkpoint=path)
+    result = run(resumed, settings, watch=watched_low_words, checkpoint=path)
     assert [(s.score, s.kl_nats, s.beta, s.approx_kl, s.value_loss) for s in result.steps] == [
         (s.score, s.kl_nats, s.beta, s.approx_kl, s.value_loss) for s in expected.steps
     ]
@@ -217,7 +221,7 @@ def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path) ->
 def test_other_raters_may_stop_it_earlier(folder: Path) -> None:
     policy = Policy.load(folder)
     settings = FAST.model_copy(update={"iterations": 20, "rollouts": 32, "patience": 3})
-    result = run(policy, settings, stop_score=lambda replies, features: -low_words(replies, features))
+    result = run(policy, settings, watch=lambda replies, features: Watched(-float(low_words(replies, features).mean()), torch.zeros(1)))
     assert "other raters" in result.stopped_because
     assert len(result.steps) < 20
     assert result.released < result.steps[-1].step
@@ -230,11 +234,27 @@ def test_an_earlier_stop_never_releases_what_was_beyond_the_target(folder: Path)
     # Noise of one mean of 8 replies: 2·sqrt(2 / 8) = 1. Best at step 2, whose KL is above the target; then a fall by 4.
     for step, (kl, score) in enumerate([(0.0, 0.0), (1.5, 2.0), (2.5, 3.0), (1.8, -1.0)]):
         measured = Step(step=step, score=0, stop_score=score, kl_nats=kl, beta=0.5, reply_tokens=10, finished=1)
-        ended = control.judge(measured, policy)
+        ended = control.judge(measured, policy, Watched(score, torch.zeros(1)))
         assert ended == (step == 3)
         if not ended:
             control.finish(measured)
     assert control.result(policy).released == 1
+
+
+def test_a_fall_that_few_raters_cannot_tell_from_none_does_not_stop(folder: Path) -> None:
+    policy = Policy.load(folder)
+    # The fall from 2 to 0 is beyond the sampling noise, 2·sqrt(2 / 8) = 1, but not beyond 2·sqrt(2 / 8 + 1²) = 2.24, where the raters
+    # leave open what they think of the change with an sd of 1.
+    for sd, ends in ((0.0, True), (1.0, False)):
+        control = Run(PPOSettings(kl_target_nats=2.0, patience=1, rollouts=8))
+        control.beta_for(10.0)
+        ended = []
+        for step, score in enumerate([0.0, 2.0, 0.0]):
+            measured = Step(step=step, score=0, stop_score=score, kl_nats=0.5, beta=0.5, reply_tokens=10, finished=1)
+            ended.append(control.judge(measured, policy, Watched(score, torch.tensor([0.0, sd * (step == 2)]))))
+            if not ended[-1]:
+                control.finish(measured)
+        assert ended == [False, False, ends]
 
 
 def test_the_critic_starts_from_scored_replies(folder: Path) -> None:

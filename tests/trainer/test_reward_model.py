@@ -221,13 +221,13 @@ def test_a_score_does_not_depend_on_its_batch() -> None:
 
 def test_other_raters_make_the_second_model() -> None:
     labels = rated_world(12).labels
-    main, watch = split_raters(labels, 0.25, 8, 150, seed=0)
+    main, watch = split_raters(labels, 0.25, 3, labels.count // 4, seed=0)
     assert watch is not None
     assert not set(main.choices.raters.tolist()) & set(watch.choices.raters.tolist())
     assert len(set(watch.thumbs.raters.tolist())) == 3  # a quarter of 12
     assert main.count + watch.count == labels.count
-    assert split_raters(labels, 0.25, RATERS + 1, 150, seed=0)[1] is None
-    assert split_raters(labels, 0.25, 8, labels.count + 1, seed=0)[1] is None
+    assert split_raters(labels, 0.25, 4, 1, seed=0)[1] is None
+    assert split_raters(labels, 0.25, 3, labels.count // 4 + 1, seed=0)[1] is None
 
 
 def row(**changes: Any) -> Row:
