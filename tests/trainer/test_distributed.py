@@ -104,8 +104,8 @@ def test_two_processes_come_to_what_one_comes_to(tmp_path: Path) -> None:
         assert figures(first["steps"]) == figures(second["steps"])
         adapters = [(tmp_path / how / f"adapter-{rank}" / "adapter_model.safetensors").read_bytes() for rank in range(2)]
         assert adapters[0] == adapters[1]
-    # Of the frozen layers each holds half; the adapter is whole.
-    adapter = sum(value.numel() for value in Policy.load(folder).state().values())
+    # Of the frozen layers each holds half; the policy's adapter and the critic's are whole.
+    adapter = 2 * sum(value.numel() for value in Policy.load(folder).state().values())
     assert first["held"] + second["held"] - 2 * adapter == alone["held"] - adapter
 
 
