@@ -136,9 +136,13 @@ def test_the_first_ratio_is_one_a_fresh_kl_is_zero_and_groups_change_nothing(fol
 @pytest.mark.parametrize("kind", ["adapter", "rloo"])
 def test_the_other_kinds_learn_too(folder: Path, kind: str) -> None:
     policy = Policy.load(folder)
-    settings = KINDS[kind].model_copy(update={"iterations": 10, "rollouts": 32})
-    result = run(policy, settings, warmup=base_scores(policy))
-    assert sum(step.score for step in result.steps[-3:]) / 3 > result.steps[0].score + 0.7
+
+    def mean_score() -> float:
+        return float(low_words(policy.sample(PROMPTS * 16, max_tokens=8, temperature=0.7, seed=9), torch.empty(0)).mean())
+
+    before = mean_score()
+    result = run(policy, KINDS[kind].model_copy(update={"iterations": 10, "rollouts": 32}), warmup=base_scores(policy))
+    assert mean_score() > before + 0.5
     assert 0 < result.steps[result.released].kl_nats <= result.kl_target_nats
 
 
