@@ -37,7 +37,7 @@ class RewardModelSettings(Section):
     watch_min_labels: int = Field(default=150, ge=1)
     """With fewer ratings in that share there is no second reward model."""
     min_likelihood_gain: float = Field(default=0.0, ge=0)
-    """Nats a rating of unseen prompts that it must foresee, at the lower bound, before PPO optimises it."""
+    """Nats a rating of unseen prompts that it must foresee, less one standard error, before PPO optimises it; the gates ask for more."""
     ensemble_from_choices: int = Field(default=2000, ge=1)
     """From so many choices on, an adapter of its own with an ensemble of heads is tried beside ridge on frozen features."""
     ensemble_members: int = Field(default=8, ge=2, le=64)

@@ -18,6 +18,8 @@ from trainer.labels import Choices, Labels
 from trainer.likelihood import A, B
 from trainer.ridge import CrossFit, Parameters, build_problem, folds_of, minimise, one_thread
 
+NORMAL_95 = 1.959964
+"""Standard errors on either side of a 95 % interval."""
 BLIND_RIDGE = 1e-9
 """Variance of a score that is no score."""
 CALIBRATION_BINS = 10
@@ -50,7 +52,7 @@ def clustered_mean(values_N: Tensor, clusters_N: Tensor) -> tuple[float, float, 
     if groups < 2:
         return float(mean), float("-inf"), float("inf")
     residuals_G = torch.zeros(groups, dtype=torch.float64).index_add(0, group_N, values_N.double() - mean)
-    half = 1.959964 * float((groups / (groups - 1) * residuals_G.square().sum()).sqrt() / len(values_N))
+    half = NORMAL_95 * float((groups / (groups - 1) * residuals_G.square().sum()).sqrt() / len(values_N))
     return float(mean), float(mean) - half, float(mean) + half
 
 
@@ -290,7 +292,7 @@ def side_bias(margins_N: Tensor, outcomes_N: Tensor, raters_N: Tensor) -> SideBi
         return SideBias(bias, None, None, len(margins_N))
     residuals_G = torch.zeros(groups, dtype=torch.float64).index_add(0, group_N, chose_N - chance_N)
     spread = float((chance_N * (1 - chance_N)).sum().clamp(min=1e-9))
-    half = 1.959964 * math.sqrt(groups / (groups - 1) * float(residuals_G.square().sum())) / spread
+    half = NORMAL_95 * math.sqrt(groups / (groups - 1) * float(residuals_G.square().sum())) / spread
     return SideBias(bias, bias - half, bias + half, len(margins_N))
 
 

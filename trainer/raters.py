@@ -16,7 +16,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from trainer.held_out import UnseenRaters, clustered_mean
+from trainer.held_out import NORMAL_95, UnseenRaters, clustered_mean
 from trainer.labels import Labels
 from trainer.likelihood import UP, A, B
 
@@ -178,7 +178,7 @@ def dissenters(found: list[Standing]) -> list[str]:
 def _below_half(standing: Standing) -> float:
     """One-sided chance of so little agreement from a coin, by the normal distribution."""
     # The clustered sd is zero where all verdicts are the same; a coin's own is the least that can be believed.
-    sd = max((standing.high - standing.low) / (2 * 1.959964), 0.5 / math.sqrt(standing.votes))
+    sd = max((standing.high - standing.low) / (2 * NORMAL_95), 0.5 / math.sqrt(standing.votes))
     return NormalDist().cdf((standing.agrees - 0.5) / sd)
 
 

@@ -25,7 +25,7 @@ from trainer import facts as facts_suite
 from trainer.budget import Step
 from trainer.critic import Warmup
 from trainer.evaluation import Answers, Judge, Sampling, evaluate, kl_of, sample
-from trainer.held_out import UnseenRaters, foretold, held_out, length_share, likelihood_gain, unseen_raters
+from trainer.held_out import NORMAL_95, UnseenRaters, foretold, held_out, length_share, likelihood_gain, unseen_raters
 from trainer.labels import Labels, Progress, features_of, from_snapshot
 from trainer.policy import Policy
 from trainer.ppo import Options, train
@@ -191,7 +191,7 @@ class Stages:
 
     def improve(self) -> None:
         """PPO, once for each seed. A reward model that learned nothing is not worth a second look."""
-        nothing = self._nothing_learned()
+        nothing = nothing_learned(read_json(self.folder / "reward.json")["likelihood_gain"], self.settings.reward_model.min_likelihood_gain)
         for index in range(1 if nothing else self.settings.cycle.seeds):
             folder = folder_of(self.folder, index)
             if not (folder / "ppo.json").exists():
@@ -243,14 +243,6 @@ class Stages:
         scale = {"zero": score.normaliser.zero, "unit": score.normaliser.unit}
         body = asdict(result) | {"steps": steps, "seed": seed, "scale": scale}
         write_json(folder / "ppo.json", body | ({"stopped_because": nothing} if nothing else {}))
-
-    def _nothing_learned(self) -> str | None:
-        """Why PPO has nothing to optimise, if so: it raises the score of any reward model, also of one that is noise."""
-        gain, least = read_json(self.folder / "reward.json")["likelihood_gain"], self.settings.reward_model.min_likelihood_gain
-        if gain["low"] is None or gain["low"] > least:
-            return None
-        found = f"{gain['mean']:+.3f} nats a rating on unseen prompts, at least {gain['low']:+.3f}"
-        return f"the reward model foresees {found}; needed > {least:g} (reward_model.min_likelihood_gain), so PPO was left out"
 
     def judge(self) -> None:
         if (self.folder / "evaluation.json").exists():
@@ -336,6 +328,20 @@ def _told(labels: Labels, chosen: CrossFit, others: UnseenRaters | None, *, disc
 def _ratings_by_rater(labels: Labels) -> list[int]:
     counts: list[int] = torch.bincount(torch.cat([labels.choices.raters, labels.thumbs.raters]), minlength=len(labels.raters)).tolist()
     return counts
+
+
+def nothing_learned(gain: dict[str, Any], least: float) -> str | None:
+    """Why PPO has nothing to optimise, if so: it raises the score of any reward model, also of one that is noise.
+
+    One standard error is enough to try; what comes out reaches people only by the gates, which want the 95 % bound.
+    """
+    if gain["low"] is None:
+        return None
+    error = (gain["mean"] - gain["low"]) / NORMAL_95
+    if gain["mean"] - error > least:
+        return None
+    found = f"{gain['mean']:+.3f} nats a rating on unseen prompts with a standard error of {error:.3f}"
+    return f"the reward model foresees {found}; needed beyond it > {least:g} (reward_model.min_likelihood_gain), so PPO was left out"
 
 
 def two_models(raters: int, ratings: int, share: float, min_raters: int, min_labels: int) -> bool:

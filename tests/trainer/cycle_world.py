@@ -35,7 +35,9 @@ FACTS = [
 ]
 RATERS = 10
 SETTINGS = LearningSettings(
-    reward_model=RewardModelSettings(maps=("linear",), ridges=(0.1, 1.0), folds=2, grid_extensions=0, base_samples=4),
+    reward_model=RewardModelSettings(
+        maps=("linear",), ridges=(0.1, 1.0), folds=2, grid_extensions=0, watch_min_raters=2, watch_min_labels=30
+    ),
     ppo=PPOSettings(iterations=6, rollouts=8, minibatch=4, microbatch_tokens=64, kl_target_nats=5.0),
     cycle=CycleSettings(evaluation_samples=2),
     code_version="test",

@@ -34,7 +34,7 @@ from trainer.cycle import CycleResult, run_cycle
 from trainer.losses import value_loss
 from trainer.policy import Policy
 from trainer.schedule import Job, LearningSettings, begin, begun, give_up, ratings_now, should_train, trained
-from trainer.stages import NOT_FINITE
+from trainer.stages import NOT_FINITE, nothing_learned
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,14 @@ def test_the_control_is_another_cycle_and_says_so(world: tuple[Job, Path], resul
     assert "so PPO was left out" in ended["stopped_because"] and ended["released"] == 0
     assert not (shuffled.folder / "seed-1").exists()
     assert shuffled.evaluation["kl_nats"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_evidence_of_one_standard_error_is_enough_to_try() -> None:
+    # 0.05 nats with a standard error of 0.04 leave 0.01; with 0.06 they leave -0.01.
+    assert nothing_learned({"mean": 0.05, "low": 0.05 - 1.959964 * 0.04}, 0.0) is None
+    assert nothing_learned({"mean": 0.05, "low": 0.05 - 1.959964 * 0.04}, 0.02) is not None
+    assert "standard error of 0.060" in str(nothing_learned({"mean": 0.05, "low": 0.05 - 1.959964 * 0.06}, 0.0))
+    assert nothing_learned({"mean": 0.05, "low": None}, 0.0) is None
 
 
 @pytest.mark.slow
