@@ -78,7 +78,7 @@ def learn(
             unfinished = begin(snapshot.path, ratings_now(stores.archive), data_dir)
         job = job_of(registry, policy, asked, unfinished.snapshot, settings.cycle)
         try:
-            _lead(job, settings, data_dir)
+            lead(job, settings, data_dir)
             with metrics.cycle():
                 result = run_cycle(job, settings, data_dir, registry=registry, by=BY, progress=progress)
         except SnapshotRedacted:  # somebody was erased meanwhile: begin again without them
@@ -93,7 +93,7 @@ def learn(
         return result
 
 
-def _lead(job: Job, settings: LearningSettings, data_dir: Path) -> None:
+def lead(job: Job, settings: LearningSettings, data_dir: Path) -> None:
     """Tell the other processes what to do, and give them what a killed trainer left of it."""
     if distributed.size() > 1:
         folder = data_dir / "cycles" / cycle_id(job, settings, load(job.snapshot).digest)

@@ -13,14 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from cycle_world import SETTINGS as CYCLE
+from cycle_world import make_job
 from torch import Tensor
 from trainer_world import tiny_policy
 
 from deploy.process import free_port
-from trainer import distributed
+from trainer import distributed, start
 from trainer.budget import Step, Watched
 from trainer.config import PPOSettings
 from trainer.critic import Warmup
+from trainer.cycle import run_cycle
 from trainer.policy import Policy
 from trainer.ppo import Options, train
 from trainer.reply import Reply
@@ -77,24 +80,58 @@ def figures(steps: list[dict[str, Any]]) -> list[dict[str, float]]:
     return [{name: step[name] for name in FIGURES} for step in steps]
 
 
-@pytest.mark.slow
-def test_two_processes_come_to_what_one_comes_to(tmp_path: Path) -> None:
-    folder = tiny_policy(tmp_path / "policy")
-    # As torchrun starts them, without its agent, which takes seconds.
+def cycle(folder: Path, data_dir: Path) -> dict[str, Any]:
+    """What the first process of a cycle runs; a single one too."""
+    data_dir.mkdir()
+    short = CYCLE.ppo.model_copy(update={"iterations": 2})
+    settings = replace(CYCLE, ppo=short, cycle=CYCLE.cycle.model_copy(update={"seeds": 1}))
+    job = make_job(folder)
+    start.lead(job, settings, data_dir)
+    result = run_cycle(job, settings, data_dir)
+    return {"steps": json.loads((result.folder / "ppo.json").read_text())["steps"], "gain": result.evaluation["reward_gain_base"]}
+
+
+def launch(out: Path, what: str) -> list[subprocess.Popen[bytes]]:
+    """Two processes as torchrun starts them, without its agent, which takes seconds."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     paths = os.pathsep.join(path for path in sys.path if path)
     running = []
     for rank in range(2):
         environment = {**os.environ, "PYTHONPATH": paths, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with (tmp_path / f"log-{rank}").open("w") as log:
-            running.append(
-                subprocess.Popen([sys.executable, __file__, str(folder), str(tmp_path)], env=environment, stdout=log, stderr=log)
-            )
+        with (out / f"log-{rank}").open("w") as log:
+            running.append(subprocess.Popen([sys.executable, __file__, what, str(out)], env=environment, stdout=log, stderr=log))
+    return running
+
+
+def ended(out: Path, running: list[subprocess.Popen[bytes]]) -> None:
+    for rank, process in enumerate(running):
+        assert process.wait(300) == 0, (out / f"log-{rank}").read_text()[-3000:]
+
+
+@pytest.mark.slow
+def test_a_cycle_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    make_job(tmp_path / "world")
+    running = launch(tmp_path, "cycle")
+    alone = cycle(tmp_path / "world", tmp_path / "one")
+    ended(tmp_path, running)
+    together = json.loads((tmp_path / "told.json").read_text())
+    assert len(alone["steps"]) == 3  # PPO was not left out
+    for ours, theirs in zip(together["steps"], alone["steps"], strict=True):
+        for name in FIGURES:
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4)
+    assert together["gain"] == pytest.approx(alone["gain"], abs=1e-4)
+    # Only the first one leaves anything.
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["adapters", "cycles"]
+
+
+@pytest.mark.slow
+def test_two_processes_come_to_what_one_comes_to(tmp_path: Path) -> None:
+    folder = tiny_policy(tmp_path / "policy")
+    running = launch(tmp_path, "train")
     program(folder, tmp_path / "one", False)
     alone = told(tmp_path / "one", 0)
     assert len(alone["steps"]) == SETTINGS.iterations + 1
-    for rank, process in enumerate(running):
-        assert process.wait(300) == 0, (tmp_path / f"log-{rank}").read_text()[-3000:]
+    ended(tmp_path, running)
     for how in ("whole", "shard"):
         first, second = told(tmp_path / how, 0), told(tmp_path / how, 1)
         assert first["replies"] == second["replies"] == alone["replies"]
@@ -109,8 +146,17 @@ def test_two_processes_come_to_what_one_comes_to(tmp_path: Path) -> None:
     assert first["held"] + second["held"] - 2 * adapter == alone["held"] - adapter
 
 
-if __name__ == "__main__":
+def main(what: str, out: Path) -> None:
     torch.set_num_threads(1)
+    if what == "cycle" and os.environ["RANK"] == "1":
+        return start.follow()
     distributed.start()
-    program(Path(sys.argv[1]), Path(sys.argv[2]) / "whole", False)
-    program(Path(sys.argv[1]), Path(sys.argv[2]) / "shard", True)
+    if what == "cycle":
+        (out / "told.json").write_text(json.dumps(cycle(out / "world", out / "two")))
+        return start.dismiss()
+    program(out / "policy", out / "whole", False)
+    program(out / "policy", out / "shard", True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
