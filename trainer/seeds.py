@@ -52,11 +52,14 @@ def _correlation(x_P: Tensor, y_P: Tensor) -> float | None:
 
 def gains_apart(first: Answers, other: Answers, base: Answers, samples: int) -> tuple[Tensor, Tensor]:
     """Each prompt's gain over base by two runs, P and P. Each is held against another half of base's answers, because a base answer
-    that happened to be bad would otherwise raise both and pass for agreement."""
-    base_PS = base.scores_N.reshape(-1, samples)
-    halves = base_PS[:, ::2].mean(1), base_PS[:, 1::2].mean(1)
-    first_P, other_P = (answers.scores_N.reshape(-1, samples).mean(1) - half for answers, half in zip((first, other), halves, strict=True))
-    return first_P, other_P
+    that happened to be bad would otherwise raise both and pass for agreement.
+
+    The first run's answers were drawn with base's random numbers, one by one, so that a base answer that happened to be good is one of
+    the first run's, too. Only those count that share theirs with the base answers that they are held against: the rest would be the
+    better, the more the other run's gain falls.
+    """
+    first_PS, other_PS, base_PS = (answers.scores_N.reshape(-1, samples) for answers in (first, other, base))
+    return (first_PS - base_PS)[:, ::2].mean(1), other_PS.mean(1) - base_PS[:, 1::2].mean(1)
 
 
 def compare(outcomes: Sequence[Outcome], base: Answers, samples: int) -> dict[str, Any]:

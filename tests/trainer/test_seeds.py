@@ -20,13 +20,19 @@ BASE = scored(0.0, 2.0, 0.0, 0.0, -1.0, 1.0)
 
 
 def test_gains_are_held_against_different_base_answers() -> None:
-    # Base's first answers are 0, 0, -1 and its second ones 2, 0, 1. Means of the runs: 1, 2, 3 and 3, 0, 2.
+    # Base's first answers are 0, 0, -1 and its second ones 2, 0, 1. The first run's first answers are 1, 2, 2, the other's means 3, 0, 2.
     first_P, other_P = gains_apart(scored(1.0, 1.0, 2.0, 2.0, 2.0, 4.0), scored(3.0, 3.0, 0.0, 0.0, 2.0, 2.0), BASE, 2)
-    assert first_P.tolist() == [1.0, 2.0, 4.0] and other_P.tolist() == [1.0, 0.0, 1.0]
+    assert first_P.tolist() == [1.0, 2.0, 3.0] and other_P.tolist() == [1.0, 0.0, 1.0]
+
+
+def test_a_run_that_says_what_base_says_gains_nothing_on_any_prompt() -> None:
+    """Both have base's random numbers: with all of its answers against half of base's it would gain where the other run loses."""
+    first_P, _ = gains_apart(BASE, scored(3.0, 3.0, 0.0, 0.0, 2.0, 2.0), BASE, 2)
+    assert first_P.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_the_disagreement_by_hand() -> None:
-    first = Outcome(0, scored(1.0, 1.0, 2.0, 2.0, 2.0, 4.0), 4.0, ENDED)
+    first = Outcome(0, scored(1.0, 1.0, 2.0, 2.0, 3.0, 3.0), 4.0, ENDED)
     other = Outcome(1000, scored(3.0, 3.0, 0.0, 0.0, 2.0, 2.0), 5.0, ENDED)
     found = compare([first, other], BASE, 2)
     (apart,) = found["against_first"]
