@@ -139,7 +139,10 @@ class Standing:
 
 
 def standings(labels: Labels, others: UnseenRaters | None) -> list[Standing]:
-    """Of every rater with 20 verdicts that can be foreseen: choices, and thumbs above or below her own mean."""
+    """Of every rater with 20 verdicts that can be foreseen: choices, and thumbs above or below the median of what she rated.
+
+    The median, because half lies above it: a coin then gets half, however rarely it says down.
+    """
     if others is None:
         return []
     choices, thumbs = labels.choices, labels.thumbs
@@ -152,17 +155,23 @@ def standings(labels: Labels, others: UnseenRaters | None) -> list[Standing]:
         chose = (choices.raters == rater) & (choices.outcomes <= B)
         thumbed = thumbs.raters == rater
         own_N = scores_N[thumbed]
+        middle = (own_N.median() - (-own_N).median()) / 2  # torch's median is the lower of two
         right_R = torch.cat(
             [
-                (margins_N[chose] > 0) == (choices.outcomes[chose] == A),
-                (own_N > own_N.mean()) == (thumbs.outcomes[thumbed] == UP),
+                _foreseen(margins_N[chose], choices.outcomes[chose] == A),
+                _foreseen(own_N - middle, thumbs.outcomes[thumbed] == UP),
             ]
-        ).double()
+        )
         if len(right_R) >= MIN_VOTES:
             prompt_R = torch.cat([labels.prompts_N[choices.first[chose]], labels.prompts_N[thumbs.answers[thumbed]]])
             mean, low, high = clustered_mean(right_R, prompt_R)
             found.append(Standing(name, len(right_R), mean, low, high, asked[rater], failed[rater], float(weights_U[rater])))
     return found
+
+
+def _foreseen(margins_N: Tensor, positive_N: Tensor) -> Tensor:
+    """1 where the margin has the verdict's sign, 1/2 where it is zero."""
+    return ((margins_N > 0) == positive_N).double().masked_fill(margins_N == 0, 0.5)
 
 
 def dissenters(found: list[Standing]) -> list[str]:

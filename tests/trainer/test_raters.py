@@ -98,6 +98,17 @@ def test_a_coin_is_seen_and_counts_for_less_and_dissent_does_not() -> None:
     assert "a cohort of their own" in told[0] and "count for less" in told[1]
 
 
+def test_who_says_up_to_everything_agrees_half_and_is_no_dissenter() -> None:
+    # Rater 0 likes all of 42 answers. By the others one is far above the rest: their mean lies above 41 of them, their median above 21.
+    thumbs = [(answer, UP, 0) for answer in range(42)]
+    scores_N = torch.tensor([100.0, *range(41), *[0.0] * (240 - 42)], dtype=torch.float64)
+    (found,) = standings(said([(0, 1, A, 1)], thumbs), UnseenRaters(torch.zeros(4, dtype=torch.long), scores_N[None]))
+    assert found.rater == "r00" and found.agrees == 0.5 and dissenters([found]) == []
+    # Of an odd number the one in the middle is worth a half.
+    (found,) = standings(said([(0, 1, A, 1)], thumbs[:41]), UnseenRaters(torch.zeros(4, dtype=torch.long), scores_N[None]))
+    assert found.agrees == 0.5
+
+
 def test_one_rater_stands_beside_nobody() -> None:
     labels = panel(0, raters=1, pairs=30).labels
     assert unseen_raters(labels, SETTINGS, cross_validate(labels, SETTINGS)) is None
