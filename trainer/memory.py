@@ -100,6 +100,8 @@ def plan(config: Mapping[str, Any], ppo: PPOSettings, where: Where) -> list[Row]
     """
     shape = Shape.of(config)
     adapter, number = shape.adapter(ppo.rank), where.number
+    # A critic's adapter has a gradient and Adam's two, but no copies.
+    copies = 6 + 4 * (ppo.algorithm == "ppo" and ppo.critic == "adapter")
     layers = shape.layers * shape.layer
     held = -(-layers // where.processes) + 2 * shape.layer if where.sharded else layers
     rows = min(SAMPLE_BATCH, -(-ppo.rollouts // where.processes))
@@ -115,7 +117,7 @@ def plan(config: Mapping[str, Any], ppo: PPOSettings, where: Where) -> list[Row]
     kept = 5 * ppo.rollouts * where.max_model_len * 4 + ppo.rollouts * shape.width * 4
     parts = [
         Row("backbone", (held + shape.whole) * number),
-        Row("adapter, its gradient, Adam and two copies of the best", adapter * 4 * 6),
+        Row("adapter, its gradient, Adam and two copies of the best", adapter * 4 * copies),
         Row("training: activations and logits", activations + logits),
         Row("sampling: keys, values and logits", sampling),
         Row("figures of the replies", kept),

@@ -53,6 +53,10 @@ def test_a_plan_by_hand() -> None:
         # 5088 + 12288 + max(38480, 6912) + 608.
         "peak": 56464,
     }
+    # A critic's adapter: weights, gradient and Adam's two of another 512 numbers. RLOO has no critic.
+    assert plan(TINY, ppo.model_copy(update={"critic": "adapter"}), Where(max_model_len=6, number=4))[1].size_bytes == 512 * 24 + 512 * 16
+    rloo = ppo.model_copy(update={"critic": "adapter", "algorithm": "rloo"})
+    assert plan(TINY, rloo, Where(max_model_len=6, number=4))[1].size_bytes == 512 * 24
     # Two processes share the layers (592, and two gathered ones), nobody merges; replies come from elsewhere.
     sharded = plan(TINY, ppo, Where(max_model_len=6, number=2, processes=2, sharded=True, local=False))
     assert sharded[0].size_bytes == (592 + 2 * 592 + 88) * 2
