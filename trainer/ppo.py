@@ -101,7 +101,9 @@ def train(
     run = Run(settings, hashlib.sha256(repr((list(prompts), max_tokens, temperature, seed)).encode()).hexdigest())
     resumed = run.resume(options.checkpoint, policy, critic, optimiser)
     if not resumed and critic is not None and options.warmup is not None:
-        critic.warm_up(options.warmup, optimiser, settings.minibatch, settings.microbatch_tokens)
+        known = options.warmup
+        less_B = _penalised(known.scores_B.float(), known.replies, settings)
+        critic.warm_up(Warmup(known.replies, less_B), optimiser, settings.minibatch, settings.microbatch_tokens)
 
     for step in range(run.next_step, settings.iterations + 1):
         # --- rollouts -------------------------------------------------------------------------------------------------
@@ -122,7 +124,7 @@ def train(
         old_BT, _, values_BT, _ = policy.passes(replies, temperature, passes, critic)
         finished_B = torch.tensor([float(reply.finished) for reply in replies])
         given_B = distributed.from_first(score(replies, features_BD))
-        scores_B = (given_B.float() - settings.unfinished_penalty * (1 - finished_B)).to(policy.device)
+        scores_B = _penalised(given_B.float(), replies, settings).to(policy.device)
         if not torch.isfinite(scores_B).all():
             raise TrainingRefused(f"PPO: a score is not finite in step {step}; the last checkpoint is kept", field="score")
         watched = distributed.from_first(options.watch(replies, features_BD)) if options.watch else None
@@ -229,6 +231,11 @@ def _backward(loss: Tensor, where: str) -> None:
     if not distributed.all_agree(bool(torch.isfinite(loss))):
         raise TrainingRefused(f"PPO: the loss is {loss.item()} in {where}; the last checkpoint is kept", field="loss")
     loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _penalised(scores_B: Tensor, replies: Sequence[Reply], settings: PPOSettings) -> Tensor:
+    """Less for replies that were cut off."""
+    return scores_B - settings.unfinished_penalty * torch.tensor([float(not reply.finished) for reply in replies]).to(scores_B)
 
 
 def _minibatches(order: Tensor, replies: Sequence[Reply], settings: PPOSettings) -> list[list[list[int]]]:

@@ -272,6 +272,19 @@ def test_the_critic_starts_from_scored_replies(folder: Path) -> None:
     assert warm.steps[0].value_loss < cold.steps[0].value_loss
 
 
+def test_the_critic_starts_from_what_rewards_will_be(folder: Path, tmp_path: Path) -> None:
+    """Scores without the penalty for cut replies would start it too high."""
+    known = base_scores(Policy.load(folder))
+    # The head's bias is the mean over tokens of the warm-up's returns; at this rate it stays where it began.
+    settings = FAST.model_copy(update={"iterations": 1, "unfinished_penalty": 3.0, "critic_learning_rate": 1e-20})
+    run(Policy.load(folder), settings, warmup=known, checkpoint=tmp_path / "ppo.pt")
+    begun = float(torch.load(tmp_path / "ppo.pt", weights_only=True)["critic"]["linear.bias"])
+    rewards = [float(score) - 3.0 * (not reply.finished) for score, reply in zip(known.scores_B, known.replies, strict=True)]
+    assert any(not reply.finished for reply in known.replies)
+    tokens = [len(reply.tokens) for reply in known.replies]
+    assert begun == pytest.approx(sum(r * n for r, n in zip(rewards, tokens, strict=True)) / sum(tokens), abs=1e-5)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_score_that_is_not_finite_stops_naming_the_step(folder: Path, bad: float) -> None:
     with pytest.raises(TrainingRefused, match="step 0"):
