@@ -12,6 +12,9 @@ from deploy.config import EngineSettings
 from feedback.config import Section
 from feedback.errors import ConfigError
 
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
 
 class RewardModelSettings(Section):
     """How what people said becomes a score."""
@@ -145,6 +148,17 @@ class RolloutsSettings(Section):
     """How long one of them may take to answer a prompt before the others take over."""
 
 
+class HardwareSettings(Section):
+    """What the trainer computes on."""
+
+    device: Device = "auto"
+    """`auto` is the GPU where there is one."""
+    dtype: Dtype = "auto"
+    """Of the backbone; `auto` is bfloat16 on a GPU and float32 on a CPU, where it is reproducible. Adapters are float32."""
+    shard: bool = False
+    """Under torchrun each process holds only its part of the backbone (FSDP), for one that does not fit; off: each holds all of it."""
+
+
 def refuse_serving(rollouts: RolloutsSettings, engine: EngineSettings) -> None:
     """Raises ConfigError where one of `rollouts.urls` is the server that people are answered from."""
     serving = engine.url or (f"http://127.0.0.1:{engine.port}" if engine.port else None)
@@ -158,14 +172,3 @@ def _address(url: str) -> tuple[str, int]:
     parts = urlsplit(url if "//" in url else f"//{url}")
     host = parts.hostname or ""
     return "127.0.0.1" if host in ("localhost", "::1") else host, parts.port or (443 if parts.scheme == "https" else 80)
-
-
-class HardwareSettings(Section):
-    """What the trainer computes on."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` is the GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the backbone; `auto` is bfloat16 on a GPU and float32 on a CPU, where it is reproducible. Adapters are float32."""
-    shard: bool = False
-    """Under torchrun each process holds only its part of the backbone (FSDP), for one that does not fit; off: each holds all of it."""

@@ -45,8 +45,7 @@ class Critic(torch.nn.Module):
         self.register_buffer("scale_D", torch.ones(policy.hidden_size))
         self.to(policy.device)
         self.adapted = rank > 0
-        if CRITIC in policy.model.peft_config:
-            policy.model.delete_adapter(CRITIC)  # an earlier run's
+        policy.drop_adapter(CRITIC)  # an earlier run's
         if self.adapted:
             policy.add_adapter(CRITIC, rank=rank, alpha=alpha, seed=seed)
 
@@ -54,6 +53,11 @@ class Critic(torch.nn.Module):
     def adapter(self) -> list[torch.nn.Parameter]:
         """The adapter's parameters; none without one."""
         return self.policy.parameters_of(CRITIC)
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The head's parameters and the adapter's."""
+        return [*self.parameters(), *self.adapter]
 
     def forward(self, replies: Sequence[Reply], states_BTD: Tensor) -> Tensor:
         """Values of the replies' tokens, B x T; `states_BTD` are the policy's."""

@@ -14,13 +14,14 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from feedback.errors import InvalidInput, TrainingRefused
 from trainer import distributed
+from trainer.config import Device, Dtype
 from trainer.generation import generate
 from trainer.losses import chosen_logprobs
 from trainer.reply import Reply, by_tokens, pad, shared_prefix
@@ -29,8 +30,6 @@ POLICY = "default"
 """Peft's name of the adapter that is the policy."""
 GROUP_TOKENS = 1024
 """Tokens that go through the model at once where no gradients are wanted."""
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class Policy:
@@ -290,14 +289,15 @@ class Policy:
         last_BD = torch.zeros(len(replies), self.hidden_size, device=self.device)
         for group, counts in distributed.turns(by_tokens(replies, GROUP_TOKENS) if groups is None else groups):
             some, rows = [replies[i] for i in group], torch.tensor(group, device=self.device)
-            states, mask, last = self.hidden(some)
-            values = mask * 0 if value is None else value(some, states) * mask
+            states_GTD, mask_GT, last_GD = self.hidden(some)
+            values_GT = mask_GT * 0 if value is None else value(some, states_GTD) * mask_GT
             if not counts:
                 continue
-            last_BD[rows] = last
-            logprobs_BT[rows, : mask.shape[1]] = self.token_logprobs(states, mask, some, temperature)
-            mask_BT[rows, : mask.shape[1]] = mask
-            values_BT[rows, : mask.shape[1]] = values
+            width = mask_GT.shape[1]
+            last_BD[rows] = last_GD
+            logprobs_BT[rows, :width] = self.token_logprobs(states_GTD, mask_GT, some, temperature)
+            mask_BT[rows, :width] = mask_GT
+            values_BT[rows, :width] = values_GT
         distributed.total(logprobs_BT, mask_BT, values_BT, last_BD)
         return logprobs_BT, mask_BT, values_BT, last_BD
 
@@ -320,9 +320,9 @@ class Policy:
         last_BD = torch.zeros(len(replies), self.hidden_size, device=self.device)
         with self.reference():
             for group, counts in distributed.turns(by_tokens(replies, GROUP_TOKENS)):
-                last = self.hidden([replies[i] for i in group])[2]
+                last_GD = self.hidden([replies[i] for i in group])[2]
                 if counts:
-                    last_BD[torch.tensor(group, device=self.device)] = last
+                    last_BD[torch.tensor(group, device=self.device)] = last_GD
         distributed.total(last_BD)
         return last_BD.cpu()
 

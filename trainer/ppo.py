@@ -8,7 +8,8 @@ whose KL was measured within it.
 RLOO (Ahmadian et al. 2024) is the same path with one action a reply instead of one a token, and the other samples of its
 prompt instead of a critic.
 
-Shapes: B replies of an iteration, T tokens of the longest, A actions (T, or 1 with RLOO), D the backbone's width.
+Shapes: B replies of an iteration, T tokens of the longest, A actions (T, or 1 with RLOO), D the backbone's width; G replies of a group
+that go through the model together, where T and A end with its own longest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -95,7 +96,7 @@ def train(
     critic = None if rloo else Critic(policy, rank=rank, alpha=settings.alpha, seed=seed + 1)
     groups = [{"params": policy.parameters, "lr": settings.learning_rate}]
     if critic is not None:
-        groups.append({"params": [*critic.parameters(), *critic.adapter], "lr": settings.critic_learning_rate})
+        groups.append({"params": critic.trained, "lr": settings.critic_learning_rate})
     optimiser = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
     # A digest, because a checkpoint must not hold what people wrote.
     run = Run(settings, hashlib.sha256(repr((list(prompts), max_tokens, temperature, seed)).encode()).hexdigest())
@@ -119,9 +120,9 @@ def train(
         # --- reference, reward and values -----------------------------------------------------------------------------
         # All of them go through the model in the first epoch's groups: its first ratio is then exactly 1, and a fresh adapter's KL 0.
         minibatches = _minibatches(torch.arange(len(replies)), replies, settings)
-        passes = [micro for minibatch in minibatches for micro in minibatch]
-        reference_BT, mask_BT, features_BD = policy.reference_pass(replies, temperature, passes)
-        old_BT, _, values_BT, _ = policy.passes(replies, temperature, passes, critic)
+        first_groups = [group for minibatch in minibatches for group in minibatch]
+        reference_BT, mask_BT, features_BD = policy.reference_pass(replies, temperature, first_groups)
+        old_BT, _, values_BT, _ = policy.passes(replies, temperature, first_groups, critic)
         finished_B = torch.tensor([float(reply.finished) for reply in replies])
         given_B = distributed.from_first(score(replies, features_BD))
         scores_B = _penalised(given_B.float(), replies, settings).to(policy.device)
@@ -173,14 +174,16 @@ def train(
                 optimiser.zero_grad()
 
         # --- what to look at, and the controller ----------------------------------------------------------------------
-        done = Step(
-            **asdict(measured)
-            | {name: sum(row[name] for row in logged) / len(logged) for name in ("ratio", "clipfrac", "approx_kl", "value_loss")}
-            | {
-                "first_ratio_deviation": logged[0]["ratio_deviation"],
-                "explained_variance": 0.0 if rloo else float(explained_variance(values_BT, returns_BT, mask_BT)),
-                "train_s": time.perf_counter() - scored,
-            }
+        means = {name: sum(row[name] for row in logged) / len(logged) for name in logged[0]}
+        done = replace(
+            measured,
+            ratio=means["ratio"],
+            clipfrac=means["clipfrac"],
+            approx_kl=means["approx_kl"],
+            value_loss=means["value_loss"],
+            first_ratio_deviation=logged[0]["ratio_deviation"],
+            explained_variance=0.0 if rloo else float(explained_variance(values_BT, returns_BT, mask_BT)),
+            train_s=time.perf_counter() - scored,
         )
         run.finish(done)
         run.save(options.checkpoint, policy, critic, optimiser)
@@ -192,34 +195,36 @@ def train(
 def _update(
     policy: Policy, critic: Critic | None, batch: Batch, minibatch: list[list[int]], temperature: float, clip: float, where: str
 ) -> dict[str, float]:
-    """Gradients of one minibatch and what to look at: sums over its groups, each loss a sum over actions divided by all of its actions.
+    """Gradients of one minibatch, clipped, and what to look at.
 
-    So neither the cut into groups nor the process that takes one changes the gradient: processes that share the groups out add up here.
+    Each group's loss is a mean over its own actions; times its share of the minibatch's actions it adds up to the minibatch's mean. So
+    neither the cut into groups nor the process that takes one changes the gradient: processes that share the groups out add up here.
     """
-    rows = [i for micro in minibatch for i in micro]
+    rows = [i for group in minibatch for i in group]
     actions, tokens = batch.actions_BA[rows].sum(), batch.mask_BT[rows].sum()
     seen = dict.fromkeys(("ratio", "clipfrac", "approx_kl", "value_loss", "ratio_deviation"), 0.0)
-    for micro, counts in distributed.turns(minibatch):
-        some = [batch.replies[i] for i in micro]
-        states, mask, _ = policy.hidden(some)
-        width = mask.shape[1]
-        logprobs = policy.token_logprobs(states, mask, some, temperature)
-        if batch.old_BA.shape[1] < batch.mask_BT.shape[1]:
-            logprobs = logprobs.sum(1, keepdim=True)
-        old, advantages, real = (x[micro, :width] for x in (batch.old_BA, batch.advantages_BA, batch.actions_BA))
-        weights = None if batch.weights_BA is None else batch.weights_BA[micro, :width]
-        pi = policy_loss(logprobs, old, advantages, real, clip, weights)
-        share = counts * real.sum() / actions
+    for group, counts in distributed.turns(minibatch):
+        replies = [batch.replies[i] for i in group]
+        states_GTD, mask_GT, _ = policy.hidden(replies)
+        width = mask_GT.shape[1]
+        logprobs_GA = policy.token_logprobs(states_GTD, mask_GT, replies, temperature)
+        if batch.old_BA.shape[1] < batch.mask_BT.shape[1]:  # a reply is one action
+            logprobs_GA = logprobs_GA.sum(1, keepdim=True)
+        old_GA, advantages_GA, actions_GA = (x_BA[group, :width] for x_BA in (batch.old_BA, batch.advantages_BA, batch.actions_BA))
+        weights_GA = None if batch.weights_BA is None else batch.weights_BA[group, :width]
+        pi = policy_loss(logprobs_GA, old_GA, advantages_GA, actions_GA, clip, weights_GA)
+        share = counts * actions_GA.sum() / actions
         _backward(pi.loss * share, where)
         for name in ("ratio", "clipfrac", "approx_kl"):
             seen[name] += float(getattr(pi, name).detach() * share)
         seen["ratio_deviation"] = max(seen["ratio_deviation"], float(pi.ratio_deviation))
         if critic is not None:  # after the policy's, so that only one pass's activations exist
-            v = value_loss(critic(some, states), batch.values_BT[micro, :width], batch.returns_BT[micro, :width], mask, clip)
-            share = counts * mask.sum() / tokens
+            values_GT, old_GT, returns_GT = critic(replies, states_GTD), batch.values_BT[group, :width], batch.returns_BT[group, :width]
+            v = value_loss(values_GT, old_GT, returns_GT, mask_GT, clip)
+            share = counts * mask_GT.sum() / tokens
             _backward(v * share, where)
             seen["value_loss"] += float(v.detach() * share)
-    distributed.total_gradients([*policy.parameters, *([] if critic is None else [*critic.parameters(), *critic.adapter])])
+    distributed.total_gradients([*policy.parameters, *([] if critic is None else critic.trained)])
     for parameters in (policy.parameters, [] if critic is None else critic.adapter):
         if not torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, 1.0)):
             raise TrainingRefused(f"PPO: a gradient is not finite in {where}; the last checkpoint is kept", field="loss")
