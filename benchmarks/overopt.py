@@ -38,10 +38,9 @@ from trainer.labels import features_of, from_snapshot
 from trainer.policy import Policy
 from trainer.ppo import Options, Score, train
 from trainer.reply import Reply
-from trainer.reward_model import RewardModel, fit
+from trainer.reward_model import RewardModel, fit, split_raters
 from trainer.ridge import cross_validate
 from trainer.score import Scorer
-from trainer.stages import split_raters
 
 Kind = Literal["inside", "outside"]
 Curve = dict[str, Any]

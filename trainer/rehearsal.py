@@ -23,9 +23,9 @@ from trainer.cycle import use_threads
 from trainer.labels import check, usable
 from trainer.policy import Policy
 from trainer.reply import by_tokens
+from trainer.reward_model import two_models
 from trainer.schedule import Job, LearningSettings, begun, cycle_id, ratings_now, ratings_then
 from trainer.screening import Prompts, of_another_base, prompts_of, within_context
-from trainer.stages import two_models
 from trainer.start import job_of
 
 PROBED = 16
@@ -191,7 +191,7 @@ def _say_time(found: Rehearsal, seconds: dict[str, float], registry: Registry) -
         f"model's fit a little more than {_time(whole)}"
     )
     records = sorted(registry.adapters(), key=lambda record: record.registered_ms)
-    last = [found for record in records for found in registry.attestations(record.id, "training")]
+    last = [each for record in records for each in registry.attestations(record.id, "training")]
     took = last[-1].body.get("seconds") if last else None
     if isinstance(took, dict) and took:
         found.lines.append("the last cycle took " + ", ".join(f"{name} {_time(float(str(s)))}" for name, s in took.items()))

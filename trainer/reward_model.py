@@ -1,4 +1,4 @@
-"""What a reward model is to everything that uses one, and which kind fits how much was said.
+"""What a reward model is to everything that uses one, which kind fits how much was said, and whose ratings it learns from.
 
 Below some 2,000 choices ridge on frozen features (`ridge.py`); above, an adapter of its own with an ensemble of heads
 (`ensemble.py`), where that foresees unseen prompts better. Whoever scores answers sees neither, only `RewardModel`.
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -85,3 +86,20 @@ def load(path: Path, policy: Policy | None = None) -> RewardModel:
         about = json.loads(file.metadata()["about"])
     tensors = load_file(path)
     return Ensemble.from_tensors(about, tensors, policy) if about["family"] == "ensemble" else RidgeModel.from_tensors(about, tensors)
+
+
+def two_models(raters: int, ratings: int, share: float, min_raters: int, min_labels: int) -> bool:
+    """Whether the share of the raters that is kept for a second reward model is enough for one."""
+    return round(raters * share) >= min_raters and ratings * share >= min_labels
+
+
+def split_raters(labels: Labels, share: float, min_raters: int, min_labels: int, seed: int) -> tuple[Labels, Labels | None]:
+    """Labels of the first reward model and those of other raters for the second, or all and None where there are too few."""
+    raters = len(labels.raters)
+    if not two_models(raters, labels.count, share, min_raters, min_labels):
+        return labels, None
+    order = torch.randperm(raters, generator=torch.Generator().manual_seed(seed))
+    others = torch.zeros(raters, dtype=torch.bool)
+    others[order[: round(raters * share)]] = True
+    main, watch = labels.where_rater(~others), labels.where_rater(others)
+    return (main, watch) if main.count and watch.count else (labels, None)

@@ -30,7 +30,7 @@ from trainer.labels import Labels, Progress, features_of, from_snapshot
 from trainer.policy import Policy
 from trainer.ppo import Options, train
 from trainer.reply import Reply
-from trainer.reward_model import fit, load
+from trainer.reward_model import fit, load, split_raters
 from trainer.ridge import CrossFit, cross_validate
 from trainer.rollouts import rollouts_for
 from trainer.schedule import Job, LearningSettings
@@ -342,20 +342,3 @@ def nothing_learned(gain: dict[str, Any], least: float) -> str | None:
         return None
     found = f"{gain['mean']:+.3f} nats a rating on unseen prompts with a standard error of {error:.3f}"
     return f"the reward model foresees {found}; needed beyond it > {least:g} (reward_model.min_likelihood_gain), so PPO was left out"
-
-
-def two_models(raters: int, ratings: int, share: float, min_raters: int, min_labels: int) -> bool:
-    """Whether the share of the raters that is kept for a second reward model is enough for one."""
-    return round(raters * share) >= min_raters and ratings * share >= min_labels
-
-
-def split_raters(labels: Labels, share: float, min_raters: int, min_labels: int, seed: int) -> tuple[Labels, Labels | None]:
-    """Labels of the first reward model and those of other raters for the second, or all and None where there are too few."""
-    raters = len(labels.raters)
-    if not two_models(raters, labels.count, share, min_raters, min_labels):
-        return labels, None
-    order = torch.randperm(raters, generator=torch.Generator().manual_seed(seed))
-    others = torch.zeros(raters, dtype=torch.bool)
-    others[order[: round(raters * share)]] = True
-    main, watch = labels.where_rater(~others), labels.where_rater(others)
-    return (main, watch) if main.count and watch.count else (labels, None)

@@ -18,10 +18,9 @@ from trainer.feature_map import FeatureMap
 from trainer.held_out import BLIND_RIDGE, Accuracy, Gain, clustered_mean, held_out, likelihood_gain, unseen_raters
 from trainer.labels import Labels, Thumbs, check
 from trainer.likelihood import BOTH_BAD
-from trainer.reward_model import fit, load
+from trainer.reward_model import fit, load, split_raters
 from trainer.ridge import Parameters, build_problem, cross_validate, folds_of, minimise, precisions, prompt_features
 from trainer.score import Normaliser, Scorer
-from trainer.stages import split_raters
 from trainer.tastes import tastes
 
 QUICK = RewardModelSettings(ridges=(0.3, 3.0), folds=3, grid_extensions=2)
