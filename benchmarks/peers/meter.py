@@ -35,6 +35,7 @@ class Meter:
         self.after_imports_mb = _status_mb("VmRSS")
         self.target = target
         self.iterations: list[dict[str, float]] = []
+        self.updates = 0
         self._open: dict[str, float] = {}
         self._began = self._last = time.perf_counter()
 
@@ -48,6 +49,10 @@ class Meter:
         now = time.perf_counter()
         self._open[f"{stage}_s"] = self._open.get(f"{stage}_s", 0.0) + now - self._last
         self._last = now
+
+    def updated(self, *_: object) -> None:
+        """The optimiser took a step; for torch's `register_optimizer_step_post_hook`."""
+        self.updates += 1
 
     def note(self, name: str, values: Sequence[float]) -> None:
         """A mean over the replies of the iteration under way."""
@@ -78,6 +83,7 @@ class Meter:
             "iterations": self.iterations,
             "work_s": sum(row["seconds"] for row in self.iterations),
             "reached": self.reached,
+            "updates": self.updates,
             "memory_mb": _status_mb("VmHWM") - self.after_imports_mb,
             "imports_mb": self.after_imports_mb,
             **about,

@@ -12,6 +12,7 @@ import torch
 import transformers  # noqa: F401  (part of what imports take, as in the others' processes)
 from peft import LoraConfig  # noqa: F401  (the same)
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.peers.meter import Meter, Reached
 from benchmarks.peers.rewards import Reward
@@ -26,6 +27,7 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(spec["threads"])
     meter = Meter(spec["target"])
+    register_optimizer_step_post_hook(meter.updated)
     policy = Policy.load(Path(spec["model"]), rank=spec["rank"], alpha=spec["alpha"], seed=spec["seed"])
     reward = Reward(spec, policy.decode, policy.eos_ids[0])
     shared = ("rank", "alpha", "iterations", "rollouts", "epochs", "minibatch", "learning_rate", "clip", "gae_lambda")

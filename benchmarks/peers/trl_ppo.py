@@ -1,7 +1,8 @@
 """TRL 1.12's PPO as a contestant: `python -m benchmarks.peers.trl_ppo spec.json result.json`, in TRL's own environment.
 
-The value model is a second copy of the backbone, trained in full as TRL does it, or with LoRA, which TRL neither offers nor forbids.
-TRL counts a step of its optimiser in micro-batches, so minibatches of the asked size need micro-batches of the whole batch.
+As it comes the value model is a second copy of the backbone, trained in full; and as TRL counts a step of its optimiser in micro-batches
+of the whole batch, minibatches of the asked size need micro-batches of that size. Thrifty, with two things that TRL neither offers nor
+forbids: LoRA for the value model, and minibatches cut into micro-batches, because accelerate is told to count those of a minibatch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import trl.experimental.ppo.ppo_trainer as module
 from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -95,7 +97,7 @@ def timed(meter: Meter) -> None:
 
 def value_model(spec):
     found = AutoModelForSequenceClassification.from_pretrained(spec["model"], num_labels=1, dtype=torch.float32)
-    if spec["settings"]["value"] == "lora":
+    if spec["settings"]["thrifty"]:
         lora = LoraConfig(r=spec["rank"], lora_alpha=spec["alpha"], lora_dropout=0.0, target_modules="all-linear", task_type="SEQ_CLS")
         found = inject_adapter_in_model(lora, found)
         found.score.requires_grad_(True)
@@ -103,6 +105,7 @@ def value_model(spec):
 
 
 def arguments(spec):
+    micro = spec["minibatch"] // spec["cuts"] if spec["settings"]["thrifty"] else spec["rollouts"]
     return PPOConfig(
         output_dir=spec["folder"],
         use_cpu=True,
@@ -116,8 +119,8 @@ def arguments(spec):
         seed=spec["seed"],
         lr_scheduler_type="constant",
         learning_rate=spec["learning_rate"],
-        per_device_train_batch_size=spec["rollouts"],
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=spec["rollouts"] // micro,
         num_mini_batches=spec["rollouts"] // spec["minibatch"],
         num_ppo_epochs=spec["epochs"],
         total_episodes=spec["iterations"] * spec["rollouts"],
@@ -136,6 +139,7 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(spec["threads"])
     meter = Meter(spec["target"])
+    register_optimizer_step_post_hook(meter.updated)
     np.random.seed(spec["seed"])
     torch.manual_seed(spec["seed"])
     tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
@@ -160,6 +164,9 @@ def main() -> None:
         ),
     )
     set_peft_model_state_dict(trainer.policy_model, load_file(Path(spec["adapter"]) / "adapter_model.safetensors"))
+    if spec["settings"]["thrifty"]:
+        # The end of the prompts' data is no reason for a step in the middle of a minibatch.
+        trainer.accelerator.gradient_state.plugin_kwargs.update(num_steps=spec["cuts"], sync_with_dataloader=False)
     timed(meter)
     meter.start()
     with suppress(Reached):

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
@@ -59,9 +60,9 @@ def arguments(spec, minibatches):
         seed=spec["seed"],
         lr_scheduler_type="constant",
         learning_rate=spec["learning_rate"],
-        per_device_train_batch_size=spec["minibatch"],
-        gradient_accumulation_steps=1,
-        steps_per_generation=minibatches,
+        per_device_train_batch_size=spec["minibatch"] // spec["cuts"],
+        gradient_accumulation_steps=spec["cuts"],
+        steps_per_generation=minibatches * spec["cuts"],
         num_iterations=spec["epochs"],
         max_steps=spec["iterations"] * minibatches * spec["epochs"],
         num_generations=spec["group"],
@@ -76,6 +77,7 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(spec["threads"])
     meter = Meter(spec["target"])
+    register_optimizer_step_post_hook(meter.updated)
     tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
     tokenizer.pad_token = spec["pad_token"]
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from benchmarks import ppo
+from benchmarks.harness import Report
+from benchmarks.peers import PeerFailed
 from benchmarks.peers.meter import Meter, Reached
 from benchmarks.peers.rewards import Reward
 from benchmarks.ppo import over, summary
@@ -83,9 +88,47 @@ def test_the_control_exchanges_rewards_and_keeps_them_all() -> None:
 
 def test_a_summary_counts_samples_by_the_time_of_whole_iterations() -> None:
     rows = [{"generate_s": 1.0, "score_s": 1.0, "train_s": 2.0, "reply_tokens": 20.0, "score": 0.0}] * 3
-    run = {"iterations": rows, "work_s": 12.0, "memory_mb": 100.0, "trainable": 1, "parameters": 2}
-    found = summary([run, {**run, "memory_mb": 120.0}], rollouts=32)
-    assert found["samples_per_s"] == pytest.approx(8.0)  # 3 x 32 / 12
+    run = {"iterations": rows[:2], "work_s": 12.0, "memory_mb": 100.0, "trainable": 1, "parameters": 2, "updates": 8}
+    found = summary([run, {**run, "iterations": rows[:1], "work_s": 4.0, "memory_mb": 120.0, "updates": 4}], rollouts=32)
+    assert found["samples_per_s"] == pytest.approx(6.0)  # 3 x 32 / 16
     assert found["memory_mb"] == 120.0
+    assert found["updates"] == 4.0  # 12 in 3 iterations
     assert over(6.0, 3.0) == 2.0
     assert over(None, 3.0) is None
+
+
+class Runs:
+    """What `until_target` starts: contestants that have run already, or failed."""
+
+    def __init__(self, report: Report, found: dict[str, object] | None) -> None:
+        self.report, self.found = report, found
+
+    def __call__(self, *_: object, **__: object) -> dict[str, object]:
+        if self.found is None:
+            raise PeerFailed("probability tensor contains nan")
+        return self.found
+
+
+def test_a_contestant_that_fails_has_not_reached_the_target_and_proves_nothing(tmp_path: Path) -> None:
+    report = Report("ppo", seed=0, rooms=(), folder=tmp_path)
+    failed, worked = Runs(report, None), Runs(report, {"reached": False, "work_s": 9.0, "iterations": [{"score": 0.1}]})
+    [(seconds, one)] = ppo.until_target(failed, "TRL PPO", 3e-3, range(1))  # type: ignore[arg-type]
+    assert (seconds, ppo.last(one, "score", None)) == (float("inf"), None)
+    assert ppo.exchanged(worked, 1e-3)  # type: ignore[arg-type]
+    assert not ppo.exchanged(failed, 1e-3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("ours", "held"), [(30.0, True), (70.0, False), (None, False)])
+def test_where_trl_does_not_get_there_its_time_is_at_least_what_it_took(ours: float | None, held: bool, tmp_path: Path) -> None:
+    report = Report("ppo", seed=0, rooms=(), folder=tmp_path)
+    mine = {"reached": 5, "median_s": ours}
+    # It tried for 60 s: at least 60 / 30 = 2 times as long, or no more than that is known.
+    ppo.check_target(report, {"TRL PPO": {"median_s": None, "at_least_s": 60.0}, "ours, adapter critic": mine, "ours, head critic": mine})
+    assert [check["ok"] for check in report.checks if "TRL" in str(check["what"])] == [held, held]
+
+
+def test_contestants_must_have_taken_as_many_steps(tmp_path: Path) -> None:
+    report = Report("ppo", seed=0, rooms=(), folder=tmp_path)
+    one = {"updates": 4.0, "samples_per_s": 1.0, "memory_mb": 100.0}
+    ppo.check_speed(report, dict.fromkeys(ppo.CONTESTANTS, one) | {"TRL PPO": {**one, "updates": 2.0}})
+    assert report.checks[0]["ok"] is False
