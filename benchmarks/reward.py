@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,15 @@ def theirs(cells: Cells, answers: Sequence[Sequence[int]], split: tuple[Tensor, 
     return cells.get({"fold": fold, "rate": rate, "data": digest}, compute)
 
 
+def rows(accuracies: Mapping[str, Share], costs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, object]]:
+    """The page's table; seconds are from loading the model to a reward model of one split."""
+    seconds = {name: sum(cost.get(part, 0.0) for part in ("features_s", "fit_s", "train_s")) for name, cost in costs.items()}
+    return [
+        {"model": name, **asdict(found), "s": seconds.get(name), "MB": costs.get(name, {}).get("memory_mb")}
+        for name, found in accuracies.items()
+    ]
+
+
 def main() -> int:
     report = Report("reward", seed=SEED, rooms=("feedback", "trainer", "benchmarks/peers"))
     if not PAIRS_FILE.exists():
@@ -159,10 +168,10 @@ def main() -> int:
     report.control("our fit on shuffled labels: a half lies in its interval or above, and ours is better on the same pairs", caught=caught)
     accuracies = {"ours": real, "length alone": length, "ours on shuffled labels": noise}
     accuracies |= {f"TRL, learning rate {rate:g}": share(each, prompts_N[same]) for rate, each in trl_hits.items()}
-    table = [{"model": name, **asdict(found)} for name, found in accuracies.items()]
-    costs = {"ours": {name: found[name] for name in ("features_s", "fit_s", "memory_mb")}} | {
-        f"TRL at {rate:g}": {name: runs[0][name] for name in ("train_s", "memory_mb", "losses")} for rate, runs in by_rate.items()
-    }
+    costs = {"ours": {name: found[name] for name in ("features_s", "fit_s", "memory_mb")}}
+    for rate, (first, *_) in by_rate.items():
+        costs[f"TRL, learning rate {rate:g}"] = {name: first[name] for name in ("train_s", "memory_mb", "losses")}
+    table = rows(accuracies, costs)
     return report.finish(
         {
             "table": table,

@@ -12,6 +12,7 @@ from benchmarks.peers import PeerFailed
 from benchmarks.peers.meter import Meter, Reached
 from benchmarks.peers.rewards import Reward
 from benchmarks.ppo import over, summary
+from benchmarks.reward import Share, rows
 
 END = 9
 SPEC = {"prompts": [[1, 2, 4], [1, 2, 3]], "asked": ["one", "other"], "world": None, "seed": 0}
@@ -132,3 +133,14 @@ def test_contestants_must_have_taken_as_many_steps(tmp_path: Path) -> None:
     one = {"updates": 4.0, "samples_per_s": 1.0, "memory_mb": 100.0}
     ppo.check_speed(report, dict.fromkeys(ppo.CONTESTANTS, one) | {"TRL PPO": {**one, "updates": 2.0}})
     assert report.checks[0]["ok"] is False
+
+
+def test_the_table_of_reward_models_has_seconds_and_memory_of_each() -> None:
+    share = Share(0.6, 0.5, 0.7, 10)
+    costs = {"ours": {"features_s": 5.0, "fit_s": 1.5, "memory_mb": 900.0}, "TRL": {"train_s": 40.0, "memory_mb": 4000.0, "losses": []}}
+    table = rows({"ours": share, "length alone": share, "TRL": share}, costs)
+    assert [(row["model"], row["s"], row["MB"]) for row in table] == [
+        ("ours", 6.5, 900.0),
+        ("length alone", None, None),
+        ("TRL", 40.0, 4000.0),
+    ]
