@@ -32,12 +32,15 @@ def quick() -> bool:
 
 
 def code_digest(name: str, *rooms: str) -> str:
-    """Of the benchmark's own source, of the Python source in these rooms and of the weights in them: a changed line makes cells stale."""
+    """Of the benchmark's own source, of the Python source in these rooms and of the weights in them: a changed line makes cells stale.
+
+    A room may be a single file.
+    """
     sha = hashlib.sha256()
     for path in (ROOT / "benchmarks").glob(f"{name}.py"):
         sha.update(path.read_bytes())
     for room in rooms:
-        for path in sorted((ROOT / room).rglob("*")):
+        for path in sorted((ROOT / room).rglob("*")) or [ROOT / room]:
             if path.suffix in (".py", ".safetensors"):
                 sha.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return sha.hexdigest()[:16]
