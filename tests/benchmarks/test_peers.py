@@ -144,3 +144,10 @@ def test_the_table_of_reward_models_has_seconds_and_memory_of_each() -> None:
         ("length alone", None, None),
         ("TRL", 40.0, 4000.0),
     ]
+
+
+@pytest.mark.parametrize(("work_s", "charged"), [(40.0, True), (10.0, False)])
+def test_rest_that_the_clock_does_not_count_is_noticed(work_s: float, charged: bool, tmp_path: Path) -> None:
+    row = {"generate_s": 5.0, "score_s": 1.0, "train_s": 4.0}
+    runs = Runs(Report("ppo", seed=0, rooms=(), folder=tmp_path), {"work_s": work_s, "iterations": [row]})
+    assert ppo.rested(runs) is charged  # type: ignore[arg-type]
