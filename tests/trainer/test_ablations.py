@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
-from trainer_world import tiny_policy
+from learning_policy import learning_policy, low_words
 
 from benchmarks.ablations import LARGE, SMALL, Misreporting, Trusting
 from trainer.budget import Result
 from trainer.config import PPOSettings
 from trainer.policy import Policy
 from trainer.ppo import Options, train
-from trainer.reply import Reply
 
 PROMPTS = [(2, i, i + 1, 3) for i in range(6, 26)]
 TEMPERATURE = 0.7
@@ -23,12 +20,7 @@ SETTINGS = PPOSettings(iterations=6, rollouts=32, minibatch=8, learning_rate=3e-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_policy(tmp_path_factory.mktemp("policy"))
-
-
-def low_words(replies: list[Reply], _: Tensor) -> Tensor:
-    """Likes the first half of the vocabulary; from -4 to 4."""
-    return torch.tensor([8 * sum(t < 32 for t in reply.tokens) / len(reply.tokens) - 4 for reply in replies])
+    return learning_policy(tmp_path_factory.mktemp("policy"))
 
 
 def run(folder: Path, *, noise: float = 0.0, raw: bool = False, trusting: bool = False, **changes: object) -> tuple[Result, Misreporting]:

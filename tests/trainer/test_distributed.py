@@ -15,8 +15,8 @@ import pytest
 import torch
 from cycle_world import SETTINGS as CYCLE
 from cycle_world import make_job
+from learning_policy import learning_policy, low_words
 from torch import Tensor
-from trainer_world import tiny_policy
 
 from deploy.process import free_port
 from trainer import distributed, start
@@ -36,10 +36,9 @@ SETTINGS = PPOSettings(
 FIGURES = ("score", "stop_score", "kl_nats", "beta", "ratio", "clipfrac", "approx_kl", "value_loss", "explained_variance", "reply_tokens")
 
 
-def low_words(replies: list[Reply], features_BD: Tensor) -> Tensor:
-    """Likes the first half of the vocabulary, and a little of what the backbone makes of a reply."""
-    liked = torch.tensor([8 * sum(t < 32 for t in reply.tokens) / len(reply.tokens) - 4 for reply in replies])
-    return liked + features_BD.mean(1)
+def liked(replies: list[Reply], features_BD: Tensor) -> Tensor:
+    """A known preference, and a little of what the backbone makes of a reply."""
+    return low_words(replies) + features_BD.mean(1)
 
 
 class Killed(Exception):
@@ -57,14 +56,14 @@ def program(folder: Path, out: Path, shard: bool) -> None:
     policy = Policy.load(folder, shard=shard)
     base = policy.sample(PROMPTS * 2, max_tokens=6, temperature=0.7, seed=9)
     options = Options(
-        watch=lambda replies, features: Watched(float(low_words(replies, features).mean()), torch.zeros(1)),
-        warmup=Warmup(base, low_words(base, policy.features(base))),
+        watch=lambda replies, features: Watched(float(liked(replies, features).mean()), torch.zeros(1)),
+        warmup=Warmup(base, liked(base, policy.features(base))),
         checkpoint=out / "ppo.pt",
     )
     with contextlib.suppress(Killed):
-        train(policy, PROMPTS, low_words, SETTINGS, max_tokens=6, temperature=0.7, options=replace(options, on_step=kill))
+        train(policy, PROMPTS, liked, SETTINGS, max_tokens=6, temperature=0.7, options=replace(options, on_step=kill))
     policy = Policy.load(folder, shard=shard)
-    result = train(policy, PROMPTS, low_words, SETTINGS, max_tokens=6, temperature=0.7, options=options)
+    result = train(policy, PROMPTS, liked, SETTINGS, max_tokens=6, temperature=0.7, options=options)
     policy.save(out / f"adapter-{distributed.rank()}")
     held = [getattr(p, "_local_tensor", p).numel() for name, p in policy.model.named_parameters() if ".layers." in name]
     found = {"steps": [asdict(step) for step in result.steps], "replies": [list(reply.tokens) for reply in base], "held": sum(held)}
@@ -126,7 +125,7 @@ def test_a_cycle_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_come_to_what_one_comes_to(tmp_path: Path) -> None:
-    folder = tiny_policy(tmp_path / "policy")
+    folder = learning_policy(tmp_path / "policy")
     running = launch(tmp_path, "train")
     program(folder, tmp_path / "one", False)
     alone = told(tmp_path / "one", 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_world import ask, tiny_policy
+from learning_policy import ask, learning_policy
 
 from feedback.errors import InvalidInput, TrainingRefused
 from trainer.generation import draw
@@ -20,7 +20,7 @@ PROMPT = (2, 10, 11, 12, 13, 14, 15, 16, 17, 18, 3)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_policy(tmp_path_factory.mktemp("policy"))
+    return learning_policy(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture

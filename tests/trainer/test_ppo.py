@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from learning_policy import learning_policy, low_words
 from pydantic import ValidationError
 from torch import Tensor
-from trainer_world import tiny_policy
 
 from feedback.errors import TrainingRefused
 from trainer.budget import Result, Run, Step, Watched, kl_budget
@@ -27,12 +27,7 @@ FAST = PPOSettings(iterations=3, rollouts=16, minibatch=8, microbatch_tokens=48,
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_policy(tmp_path_factory.mktemp("policy"))
-
-
-def low_words(replies: list[Reply], features_BD: Tensor) -> Tensor:
-    """Likes the first half of the vocabulary; from -4 to 4, so that its sd is about 1."""
-    return torch.tensor([8 * sum(t < 32 for t in reply.tokens) / len(reply.tokens) - 4 for reply in replies])
+    return learning_policy(tmp_path_factory.mktemp("policy"))
 
 
 def watched_low_words(replies: list[Reply], features_BD: Tensor) -> Watched:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from learning_policy import ask
 from replica_double import ReplicaDouble
-from trainer_world import ask
 
 from deploy.config import EngineSettings
 from feedback.errors import ConfigError, EngineRefused, EngineUnavailable
