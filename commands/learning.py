@@ -39,8 +39,10 @@ def train(
         if dry_run:
             _rehearse(settings, stores, registry, shuffle_labels)
         else:
+            from trainer.start import dismiss
+
             say(_train(settings, stores, registry, shuffle_labels))
-            _dismiss()
+            dismiss()
 
 
 @app.command()
@@ -73,7 +75,7 @@ def scorer(
     with opened(config_path, "scorer") as (settings, stores, registry), giving_way(settings.cycle.niceness):
         policy = policy_folder(settings)
         use_threads(policy, settings.cycle.threads)
-        scores = InteractionScorer(stores, registry, policy, settings.policy)
+        scores = InteractionScorer(stores, registry, policy, settings.policy, settings.hardware)
         while True:
             if found := scores.once():
                 say(", ".join(f"{count} {what}" for what, count in sorted(found.items())))
@@ -115,12 +117,6 @@ def _plan(settings: Settings) -> None:
     say(f"{'processes':>52}" + "".join(f"{name:>12}" for name in names))
     for rows in zip(*columns, strict=True):
         say(f"{rows[0].what:>52}" + "".join(f"{row.size_bytes / 2**30:12.2f}" for row in rows))
-
-
-def _dismiss() -> None:
-    from trainer.start import dismiss
-
-    dismiss()
 
 
 def _train(settings: Settings, stores: Stores, registry: Registry, shuffle: bool) -> str:

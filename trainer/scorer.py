@@ -30,6 +30,7 @@ from feedback.errors import Gone
 from feedback.events import FinishedText, InteractionFinished, InteractionScored, StartedText
 from feedback.snapshot import TRAINABLE
 from feedback.stores import Stores
+from trainer.config import HardwareSettings
 from trainer.policy import Policy
 from trainer.reply import Reply
 from trainer.reward_model import RewardModel, load
@@ -103,8 +104,10 @@ class CanaryScorer:
 class InteractionScorer:
     """Looks at the archive again and again and writes what is new; see `once`."""
 
-    def __init__(self, stores: Stores, registry: Registry, policy: Path, asked: PolicySettings) -> None:
-        self.stores, self.registry, self.asked = stores, registry, asked
+    def __init__(
+        self, stores: Stores, registry: Registry, policy: Path, asked: PolicySettings, hardware: HardwareSettings | None = None
+    ) -> None:
+        self.stores, self.registry, self.asked, self.hardware = stores, registry, asked, hardware or HardwareSettings()
         self._folder = policy
         self._data_dir = stores.settings.feedback.data_dir
         self._policy: Policy | None = None
@@ -139,7 +142,7 @@ class InteractionScorer:
     def _of(self, rollout: RolloutRecord) -> CanaryScorer | None:
         if rollout.id != self._looked_at[0]:
             self._looked_at = (rollout.id, set())
-            self._policy = self._policy or Policy.load(self._folder)
+            self._policy = self._policy or Policy.load(self._folder, device=self.hardware.device, dtype=self.hardware.dtype)
             self._canary = CanaryScorer.of(rollout, self.registry, self._data_dir, self._policy, self.asked)
             if self._canary is None:
                 log.warning(

@@ -15,6 +15,7 @@ from deploy.manifest import ManifestFields, base_digests, identity_adapter
 from deploy.registry import Registry
 from feedback.clock import COUNTER_BITS
 from feedback.config import FeedbackSettings, Settings
+from feedback.errors import InvalidInput
 from feedback.events import (
     Arm,
     ConsentWithdrawn,
@@ -26,6 +27,7 @@ from feedback.events import (
     StartedText,
 )
 from feedback.stores import open_stores
+from trainer.config import HardwareSettings
 from trainer.cycle import run_cycle
 from trainer.policy import Policy
 from trainer.scorer import CanaryScorer, InteractionScorer
@@ -153,6 +155,13 @@ def test_an_event_that_arrives_late_from_another_process_is_scored(world: World)
     assert scorer.once() == {"scored": 1}
     scores = world.scores()
     assert scores["old"].score == scores["young"].score
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_it_computes_where_the_trainer_does(world: World) -> None:
+    scorer = InteractionScorer(world.stores, world.registry, world.policy, ASKED, HardwareSettings(device="cuda"))
+    with pytest.raises(InvalidInput, match=r"hardware\.device is 'cuda'"):
+        scorer.once()
 
 
 def test_a_canary_from_elsewhere_has_no_reward_model_here(world: World) -> None:
