@@ -13,7 +13,7 @@ from feedback.errors import InvalidInput
 from trainer.config import PPOSettings
 
 LOGITS_ROWS, SAMPLE_BATCH = 256, 64
-"""Rows of logits in a pass with gradients (`losses`), and replies that are sampled at once (`Policy.sample`)."""
+"""As in `losses` and in `Policy.sample`, which import torch: rows of logits in a pass with gradients, replies sampled at once."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from feedback.errors import InvalidInput
+from trainer import losses, memory
 from trainer.config import PPOSettings
 from trainer.memory import Shape, Where, plan
 from trainer.policy import Policy
@@ -104,6 +106,11 @@ def test_what_a_token_keeps_for_the_backward_pass(dtype: str, number: int) -> No
     tokens = 8 * 80
     # Layers keep what was worked out, within a tenth.
     assert sum(kept.values()) / tokens == pytest.approx(shape.layers * shape.saved(8, number), rel=0.1)
+
+
+def test_the_plan_knows_how_many_rows_and_replies_go_at_once() -> None:
+    assert memory.LOGITS_ROWS == losses.LOGITS_ROWS
+    assert inspect.signature(Policy.sample).parameters["batch_size"].default == memory.SAMPLE_BATCH
 
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
