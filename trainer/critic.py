@@ -14,6 +14,7 @@ from trainer.reply import Reply, by_tokens
 CRITIC = "critic"
 """Its adapter's name on the backbone."""
 CRITIC_RIDGE = 10.0
+"""Of the start, times the square root of the number of tokens."""
 WARMUP_REPLIES = 64
 """Replies that the critic starts from: more would cost a big policy half a minute."""
 WARMUP_EPOCHS = 2

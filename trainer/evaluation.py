@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from feedback.errors import TrainingRefused
-from trainer.held_out import clustered_mean
+from trainer.held_out import MATCHED_LENGTHS, clustered_mean
 from trainer.labels import Progress, features_of
 from trainer.reward_model import RewardModel
 from trainer.score import Scorer
@@ -33,8 +33,6 @@ Messages = list[dict[str, Any]]
 SAMPLE_BATCH = 64
 POSITIONS = 64
 """Token positions for which the KL is reported one by one."""
-MATCHED_LENGTH = 0.1
-"""Answers whose tokens differ by a smaller share are as long as each other."""
 FUNCTION_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -122,10 +120,10 @@ def kl_by_position(policy: Policy, replies: Sequence[Reply], temperature: float)
         masks.append(mask_BT)
     width = max(gap.shape[1] for gap in gaps)
 
-    def pad(rows: list[Tensor]) -> Tensor:
+    def widened(rows: list[Tensor]) -> Tensor:
         return torch.cat([torch.nn.functional.pad(row.float(), (0, width - row.shape[1])) for row in rows])
 
-    return pad(gaps), pad(masks)
+    return widened(gaps), widened(masks)
 
 
 def gain(scores_N: Tensor, other_N: Tensor, samples: int) -> dict[str, float | None]:
@@ -168,7 +166,8 @@ class Judge:
         """Of any policy on the base. The base's answers define each prompt's zero, and gains are in units of its sd. All answers are
         scored alike, those of the base too, so that a candidate that says the same gains exactly nothing.
 
-        Raises TrainingRefused without held-out prompts."""
+        Raises TrainingRefused without held-out prompts.
+        """
         if not prompts:
             raise TrainingRefused("evaluation: 0 held-out prompts, at least 1 is needed; name a file in cycle.held_out", field="held_out")
         replies = sample(policy, prompts, how, reference=True, progress=progress, what="answers of the base")
@@ -268,7 +267,7 @@ def length_matched_win(new: Answers, base: Answers, samples: int) -> dict[str, f
         [each.reshape(-1, samples) for each in pair] for pair in ((new.scores_N, base.scores_N), (new.lengths_N, base.lengths_N))
     )
     longer_PSS = torch.maximum(long_PS[:, :, None], short_PS[:, None])
-    matched_PSS = (long_PS[:, :, None] - short_PS[:, None]).abs() < MATCHED_LENGTH * longer_PSS
+    matched_PSS = (long_PS[:, :, None] - short_PS[:, None]).abs() < MATCHED_LENGTHS * longer_PSS
     if not bool(matched_PSS.any()):
         return None
     margin_PSS = new_PS[:, :, None] - base_PS[:, None]

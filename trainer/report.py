@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jinja2
 
 from deploy.records import AdapterRecord
 from deploy.registry import Registry
+from feedback import files
 from feedback.errors import NotFound
 
 LIMITS = (
@@ -26,8 +27,6 @@ STEP_PLOTS = (
     ("kl_nats", "KL to the reference", "nats a reply"),
     ("reply_tokens", "Length", "tokens a reply"),
 )
-
-
 FIGURES = ("length", "finished", "on_topic", "repetition", "refusal")
 """Of the evaluation, with base and candidate."""
 
@@ -62,9 +61,7 @@ def report_of(record: AdapterRecord, registry: Registry, data_dir: Path, target:
     }
     page, gist = (_rendered(name, told) for name in ("report.html", "report.txt"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    files.replace(target, page.encode())
     return gist
 
 
@@ -141,5 +138,4 @@ def plot(title: str, across: str, up: str, lines: Mapping[str, Line], marker: st
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
-    recolour: Callable[[str], str] = lambda text: re.sub(r"#000000|black", "currentColor", text)  # noqa: E731
-    return recolour(svg).replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return re.sub(r"#000000|black", "currentColor", svg).replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
