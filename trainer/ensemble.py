@@ -26,8 +26,9 @@ from trainer.config import RewardModelSettings
 from trainer.feature_map import FeatureMap
 from trainer.labels import Labels
 from trainer.policy import GROUP_TOKENS, Policy
+from trainer.problem import Parameters, Problem, build_problem, minimise, one_thread, prompt_features
 from trainer.reply import Reply, by_tokens
-from trainer.ridge import CrossFit, Parameters, Problem, build_problem, described, minimise, one_thread, prompt_features
+from trainer.ridge import CrossFit, described
 
 BATCH = 32
 """Ratings of one step of the adapter."""

@@ -16,7 +16,8 @@ from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
 from trainer.labels import Choices, Labels
 from trainer.likelihood import A, B
-from trainer.ridge import CrossFit, Parameters, build_problem, folds_of, minimise, one_thread
+from trainer.problem import Parameters, build_problem, minimise, one_thread
+from trainer.ridge import CrossFit, folds_of
 
 NORMAL_95 = 1.959964
 """Standard errors on either side of a 95 % interval."""

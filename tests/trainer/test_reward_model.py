@@ -18,8 +18,9 @@ from trainer.feature_map import FeatureMap
 from trainer.held_out import BLIND_RIDGE, Accuracy, Gain, clustered_mean, held_out, likelihood_gain, unseen_raters
 from trainer.labels import Labels, Thumbs, check
 from trainer.likelihood import BOTH_BAD
+from trainer.problem import Parameters, build_problem, minimise, precisions, prompt_features
 from trainer.reward_model import fit, load, split_raters
-from trainer.ridge import Parameters, build_problem, cross_validate, folds_of, minimise, precisions, prompt_features
+from trainer.ridge import cross_validate, folds_of
 from trainer.score import Normaliser, Scorer
 from trainer.tastes import tastes
 
