@@ -12,9 +12,6 @@ from deploy.config import EngineSettings
 from feedback.config import Section
 from feedback.errors import ConfigError
 
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16"]
-
 
 class RewardModelSettings(Section):
     """How what people said becomes a score."""
@@ -146,6 +143,10 @@ class RolloutsSettings(Section):
     """vLLM servers that serve no people and see the trainer's data folder; none samples in the trainer itself."""
     timeout_s: float = Field(default=600.0, gt=0)
     """How long one of them may take to answer a prompt before the others take over."""
+
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class HardwareSettings(Section):
