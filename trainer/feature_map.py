@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 KINDS = ("linear", "quadratic")
+LEAST_WITHIN = 0.1
+"""A feature's sd within prompts is taken for at least this share of its whole sd. Where few prompts have several answers, or a feature
+tells only prompts apart, it can be next to nothing by chance, and what is divided by it would be all that a score sees."""
 DIRECTIONS = 16
 """Principal directions whose squares and products `quadratic` adds: 136 features."""
 
@@ -45,7 +48,8 @@ class FeatureMap:
         features = features_ND.double()
         within = _within(features, prompts_N)
         mean = features.mean(0)
-        scale = within.square().mean(0).sqrt().clamp(min=1e-6)
+        whole = (features - mean).square().mean(0).sqrt()
+        scale = torch.maximum(within.square().mean(0).sqrt(), LEAST_WITHIN * whole).clamp(min=1e-6)
         empty = torch.zeros(0, dtype=torch.float64)
         if kind == "linear":
             return cls(kind, mean, scale, torch.zeros(len(mean), 0, dtype=torch.float64), empty, empty, empty)

@@ -145,6 +145,18 @@ def test_a_fit_ends_where_the_posterior_is_flat() -> None:
     assert torch.allclose(again, found.detach(), atol=1e-5)
 
 
+def test_what_hardly_differs_within_prompts_is_not_all_that_a_score_sees() -> None:
+    # One prompt of 40 has two answers, which differ by 2 in the first feature, so its sd is 1, and by 0.02 in the second: 0.01, but the
+    # whole sd is 1, so 0.1 counts. The third tells prompts apart only.
+    whole = torch.tensor([1.0, -1.0]).repeat(20)
+    features_ND = torch.stack([whole, whole, whole], dim=1)
+    features_ND = torch.cat([features_ND, features_ND[:1] - torch.tensor([[2.0, 0.02, 0.0]])])
+    prompts_N = torch.cat([torch.arange(40), torch.zeros(1, dtype=torch.long)])
+    scale_D = FeatureMap.fit("linear", features_ND, prompts_N).scale_D
+    sd_D = features_ND.double().std(0, correction=0)
+    assert scale_D.tolist() == pytest.approx([1.0, 0.1 * float(sd_D[1]), 0.1 * float(sd_D[2])], abs=1e-5)
+
+
 def test_folds_are_balanced_and_drawn_by_the_seed() -> None:
     assert torch.bincount(folds_of(10, 5, 0)).tolist() == [2] * 5
     assert folds_of(10, 5, 0).tolist() == folds_of(10, 5, 0).tolist() != folds_of(10, 5, 1).tolist()
