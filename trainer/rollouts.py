@@ -150,7 +150,8 @@ class VLLMRollouts:
             rows.setdefault(prompt, []).append(row)
         todo, before = [], 0
         for prompt, some in rows.items():
-            todo.append(_Asked(prompt, some, sampling["seed"] * 1_000_003 + before))
+            # vLLM takes seeds below 2^63, and adds a choice's number.
+            todo.append(_Asked(prompt, some, (sampling["seed"] * 1_000_003 + before) % 2**62))
             before += len(some)
         found: dict[int, tuple[dict[str, Any], str]] = {}
         timeout = aiohttp.ClientTimeout(total=self.timeout_s)

@@ -79,6 +79,8 @@ class ReplicaDouble:
         asked = await request.json()
         self.requests += 1
         self._cut_off(request)
+        if asked["seed"] >= 2**63:  # as vLLM
+            return web.json_response({"error": "seed"}, status=400)
         policy, temperature = self._policy, asked["temperature"]
         policy.restore(self.loaded[asked["model"]])
         choices: list[dict[str, Any]] = []

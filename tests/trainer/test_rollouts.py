@@ -107,6 +107,12 @@ def test_one_request_a_prompt_and_a_new_name_each_time_on_every_replica(pair: li
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_date_is_a_seed(pair: list[ReplicaDouble], tmp_path: Path) -> None:
+    policy = disturbed()
+    rollouts = VLLMRollouts(policy, [replica.url for replica in pair], tmp_path)
+    assert rollouts.sample(prompts(policy)[:2], max_tokens=2, temperature=TEMPERATURE, seed=20_261_124 * 1_000_003 + 1).replies
+
+
 def test_a_replica_that_dies_leaves_its_prompts_to_the_others(pair: list[ReplicaDouble], tmp_path: Path) -> None:
     policy = disturbed()
     rollouts = VLLMRollouts(policy, [replica.url for replica in pair], tmp_path)
