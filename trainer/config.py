@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from deploy.config import EngineSettings
 from feedback.config import Section
 from feedback.errors import ConfigError
 
+MAX_SEED = 1_000_000
+"""A rollout server's seeds are this one times 10^12 and more, in 63 bits."""
+
 
 class RewardModelSettings(Section):
     """How what people said becomes a score."""
 
-    maps: tuple[Literal["linear", "quadratic"], ...] = ("linear", "quadratic")
+    maps: tuple[Literal["linear", "quadratic"], ...] = Field(default=("linear", "quadratic"), min_length=1)
     """Feature maps that are compared by held-out likelihood."""
-    ridges: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    ridges: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), min_length=2)
     """Ascending variances of the score under the prior that are compared; the grid grows by itself while its edge is the best."""
     grid_extensions: int = Field(default=4, ge=0, le=20)
     """How many values the grid may grow by; if the edge is still the best then, the evidence warns."""
@@ -50,8 +53,14 @@ class RewardModelSettings(Section):
     """Ratings count for less by raters with 20 votes who contradicted themselves on 3 repeated questions, more often than others do."""
     allow_single_rater: bool = False
     """Train although all ratings are one rater's; the adapter then serves that rater only, and its evidence says so."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Draws the folds, the split of raters and the shuffled control."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if list(self.ridges) != sorted(self.ridges):
+            raise ValueError(f"reward_model.ridges is {list(self.ridges)}, which does not ascend; sort it")
+        return self
 
 
 class PPOSettings(Section):
@@ -132,7 +141,7 @@ class CycleSettings(Section):
     """The control: ratings are shuffled, so that the candidate must not gain and must not be promoted."""
     seeds: int = Field(default=2, ge=1, le=8)
     """How often PPO runs, each time with other random numbers. The first is the candidate; the others show how much was luck."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Draws rollouts and evaluation samples."""
 
 
@@ -143,6 +152,21 @@ class RolloutsSettings(Section):
     """vLLM servers that serve no people and see the trainer's data folder; none samples in the trainer itself."""
     timeout_s: float = Field(default=600.0, gt=0)
     """How long one of them may take to answer a prompt before the others take over."""
+
+    @field_validator("urls")
+    @classmethod
+    def _addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            try:
+                parts = urlsplit(url)
+                whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            except ValueError:  # brackets or a port that are none
+                whole = False
+            if not whole:
+                raise ValueError(f"rollouts.urls names {url!r}, which is no address of a server; write http://host:port")
+        if len({url.rstrip("/") for url in urls}) < len(urls):
+            raise ValueError("rollouts.urls names a server twice; name each once")
+        return urls
 
 
 Device = Literal["auto", "cpu", "cuda"]

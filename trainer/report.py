@@ -18,7 +18,7 @@ from feedback.errors import NotFound
 
 LIMITS = (
     "Behaviour carries the preferences of whoever rated; the table above says who that was.",
-    "Learning from ratings changes behaviour, not facts; the facts below were compared, nothing else was.",
+    "Learning from ratings changes behaviour, not facts; the facts above were compared, nothing else was.",
     "A reward model does not notice over-optimisation where nobody has rated; a second round that rates these answers does.",
 )
 STEP_PLOTS = (
