@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -200,14 +201,28 @@ class VLLMRollouts:
         common = {**sampling, "model": name, "logprobs": 0, "return_token_ids": True, "top_p": 1.0, "top_k": -1}
         own = {"prompt": list(asked.prompt), "n": len(asked.rows), "seed": asked.seed, "stop_token_ids": list(self.policy.eos_ids)}
         answer = await self._post(session, url, "/v1/completions", {**common, **own})
-        choices = sorted(answer.get("choices", []), key=lambda choice: int(choice["index"]))
-        for choice in choices:
-            tokens, logprobs = choice.get("token_ids") or [], (choice.get("logprobs") or {}).get("token_logprobs") or []
-            if not tokens or len(tokens) != len(logprobs):
-                raise EngineRefused(f"rollouts: {url} sent {len(tokens)} token ids and {len(logprobs)} log-probabilities")
+        try:
+            choices = sorted(answer.get("choices", []), key=lambda choice: int(choice["index"]))
+            for choice in choices:
+                self._check(choice, url, sampling["max_tokens"])
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+            told = f"rollouts: {url} sent choices that are none of vLLM's ({exc!r}); start it from a vLLM that knows return_token_ids"
+            raise EngineRefused(told) from exc
         if len(choices) != len(asked.rows):
             raise EngineRefused(f"rollouts: {url} sent {len(choices)} samples where {len(asked.rows)} were asked for")
         return choices
+
+    def _check(self, choice: dict[str, Any], url: str, max_tokens: int) -> None:
+        """Raises EngineRefused for a sample that cannot be trained on."""
+        tokens, logprobs = choice.get("token_ids") or [], (choice.get("logprobs") or {}).get("token_logprobs") or []
+        if not 0 < len(tokens) <= max_tokens or len(tokens) != len(logprobs):
+            told = f"{len(tokens)} token ids and {len(logprobs)} log-probabilities where {max_tokens} tokens at most were asked for"
+            raise EngineRefused(f"rollouts: {url} sent {told}")
+        words = self.policy.base.config.vocab_size
+        if not all(0 <= token < words for token in tokens):
+            raise EngineRefused(f"rollouts: {url} sent token {max(tokens)} of a vocabulary of {words}; start it on policy.base")
+        if not all(math.isfinite(logprob) for logprob in logprobs):
+            raise EngineRefused(f"rollouts: {url} sent a log-probability that is no finite number")
 
     async def _post(self, session: aiohttp.ClientSession, url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:

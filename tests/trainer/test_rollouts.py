@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from aiohttp import web
 from learning_policy import ask
 from replica_double import ReplicaDouble
 
@@ -181,3 +182,29 @@ def test_an_engine_that_refuses_is_quoted(request: pytest.FixtureRequest, tmp_pa
     policy = Policy.load(POLICY, rank=64)  # the server takes rank 8 at most
     with pytest.raises(EngineRefused, match="rank 64 is greater than max_lora_rank 8"):
         VLLMRollouts(policy, [server.url], tmp_path).sample(prompts(policy), max_tokens=2, temperature=1.0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ([1], r"choices that are none of vLLM's"),
+        ({"choices": [{}]}, r"choices that are none of vLLM's \(KeyError\('index'\)\)"),
+        ({"choices": [{"index": 0, "token_ids": [5], "logprobs": {"token_logprobs": [None]}}]}, "choices that are none of vLLM's"),
+        ({"choices": [{"index": 0, "token_ids": [5], "logprobs": {"token_logprobs": [float("nan")]}}]}, "no finite number"),
+        ({"choices": [{"index": 0, "token_ids": [10**6], "logprobs": {"token_logprobs": [-1.0]}}]}, "token 1000000 of a vocabulary of"),
+        (
+            {"choices": [{"index": 0, "token_ids": [5] * 3, "logprobs": {"token_logprobs": [-1.0] * 3}}]},
+            "3 token ids .* where 2",
+        ),
+        ({"choices": []}, "0 samples where 1 were asked for"),
+    ],
+)
+def test_what_no_vllm_would_say_is_refused_by_name(said: object, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def complete(_: ReplicaDouble, __: web.Request) -> web.Response:
+        return web.json_response(said)
+
+    monkeypatch.setattr(ReplicaDouble, "_complete", complete)
+    policy = Policy.load(POLICY)
+    with ReplicaDouble(POLICY) as replica, pytest.raises(EngineRefused, match=told) as refused:
+        VLLMRollouts(policy, [replica.url], tmp_path).sample(prompts(policy)[:1], max_tokens=2, temperature=1.0, seed=0)
+    assert replica.url in refused.value.message
