@@ -54,7 +54,11 @@ class FactLine:
 def read_facts(path: Path) -> list[FactLine]:
     """From JSONL with prompt, answer, distractors and entity. Raises InvalidInput naming line and field."""
     facts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidInput(f"cycle.facts: {path} cannot be read: {exc}", field="cycle.facts") from exc
+    for number, line in enumerate(lines, start=1):
         try:
             found = json.loads(line)
             fact = FactLine(str(found["prompt"]), str(found["answer"]), tuple(map(str, found["distractors"])), str(found["entity"]))
@@ -69,7 +73,7 @@ def read_facts(path: Path) -> list[FactLine]:
 def write_facts(path: Path, facts: Sequence[Fact]) -> None:
     """What `read_facts` reads."""
     lines = ({"prompt": f.prompt, "answer": f.answer, "distractors": list(f.distractors), "entity": f.entity} for f in facts)
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def margins(

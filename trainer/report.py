@@ -94,7 +94,7 @@ def _read(path: Path) -> str:
 
 def plots_of(folder: Path, reward: dict[str, Any], details: dict[str, Any]) -> list[str]:
     """Every plot for which the cycle left figures."""
-    runs = {"candidate": folder / "metrics.jsonl"} | {path.parent.name: path for path in sorted(folder.glob("seed-*/metrics.jsonl"))}
+    runs = {"candidate": folder / "metrics.jsonl"} | {_run(path.parent): path for path in sorted(folder.glob("seed-*/metrics.jsonl"))}
     steps = {name: [json.loads(line) for line in _read(path).splitlines()] for name, path in runs.items()}
     found = []
     for name, title, unit in STEP_PLOTS:
@@ -113,6 +113,11 @@ def plots_of(folder: Path, reward: dict[str, Any], details: dict[str, Any]) -> l
         lines = {"held-out choices": (list(foretold), list(chosen)), "exactly right": ([0.0, 1.0], [0.0, 1.0])}
         found.append(plot("Reward model: calibration", "chance foretold for side a", "share that chose a", lines))
     return found
+
+
+def _run(folder: Path) -> str:
+    """What the words beside the plots call this run of PPO."""
+    return f"seed {json.loads(_read(folder / 'ppo.json'))['seed']}"
 
 
 Line = tuple[Sequence[float], Sequence[float]]

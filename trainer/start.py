@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from deploy.config import PolicySettings
 from deploy.registry import Registry
-from feedback.errors import InvalidInput, PlauditError, SnapshotRedacted
+from feedback.errors import Conflict, InvalidInput, NotDurable, PlauditError, SnapshotRedacted, TrainingRefused
 from feedback.snapshot import build, load
 from feedback.stores import Stores
 from trainer import distributed, metrics
@@ -66,10 +69,46 @@ def learn(
     settings: LearningSettings,
     progress: Progress,
 ) -> CycleResult:
-    """Train on everything that is in the archive, or finish what a killed trainer began; register the candidate. Raises TrainingRefused.
+    """Train on everything that is in the archive, or finish what a killed trainer began; register the candidate.
+
+    Raises TrainingRefused; Conflict where another process trains there; NotDurable where the disk takes no more, as when it is full.
 
     Of several processes this is the first one's; the others `follow`.
     """
+    with _alone(stores.settings.feedback.data_dir / "cycles"):
+        return _learn(stores, registry, policy, asked, settings, progress)
+
+
+@contextlib.contextmanager
+def _alone(cycles: Path) -> Iterator[None]:
+    """One process at a time writes cycles, and what the disk refuses is one error. Raises Conflict and NotDurable."""
+    lock = None
+    try:
+        cycles.mkdir(parents=True, exist_ok=True)
+        lock = os.open(cycles, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            told = f"feedback.data_dir {cycles.parent}: another process trains there now"
+            raise Conflict(f"{told}; wait until its cycle has ended, or stop it and run `plaudit train`, which goes on there") from exc
+        yield
+    except (OSError, SafetensorError) as exc:
+        why = (isinstance(exc, OSError) and exc.strerror) or exc
+        told = f"the cycle could not be written to {cycles}: {why}; make room there and run `plaudit train`, which goes on where it was"
+        raise NotDurable(told) from exc
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _learn(
+    stores: Stores,
+    registry: Registry,
+    policy: Path,
+    asked: PolicySettings,
+    settings: LearningSettings,
+    progress: Progress,
+) -> CycleResult:
     data_dir = stores.settings.feedback.data_dir
     while True:
         unfinished = begun(data_dir)
@@ -86,7 +125,8 @@ def learn(
             stores.ingest()
             continue
         except PlauditError as exc:
-            if exc.field not in NOT_FINITE:  # else the next try goes on with the same snapshot, at its checkpoint
+            # What was refused would be refused again. Else, as where no rollout server was left, the next try goes on at the checkpoint.
+            if isinstance(exc, TrainingRefused | InvalidInput) and exc.field not in NOT_FINITE:
                 give_up(data_dir)
             raise
         trained(unfinished.ratings, data_dir)

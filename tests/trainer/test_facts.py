@@ -100,3 +100,11 @@ def test_a_file_of_facts_and_its_broken_lines(tmp_path: Path) -> None:
     path.write_text('{"prompt": "x", "answer": "y", "distractors": ["y"], "entity": "z"}\n')
     with pytest.raises(InvalidInput, match="line 1: distractors must be there and differ"):
         read_facts(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"cycle\.facts: .*gone\.jsonl cannot be read: .*No such file"):
+        read_facts(tmp_path / "gone.jsonl")
+    (tmp_path / "facts.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidInput, match=r"cycle\.facts: .*cannot be read: .*utf-8"):
+        read_facts(tmp_path / "facts.jsonl")

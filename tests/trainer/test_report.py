@@ -62,6 +62,7 @@ def _trained(folder: Path, policy: Path, make: MakeAdapter, registry: Registry, 
     (cycle / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in STEPS))
     (cycle / "seed-1").mkdir()
     (cycle / "seed-1" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in STEPS[:1]))
+    (cycle / "seed-1" / "ppo.json").write_text(json.dumps({"seed": 1000}))
     (cycle / "reward.json").write_text(json.dumps(REWARD))
     (cycle / "details.json").write_text(json.dumps({"facts": {"words": FACTS}, "kl": {"by_position": [0.1, 0.2, 0.05]}}))
     adapter, path = make(policy, folder / "adapters", 1)
@@ -89,6 +90,7 @@ def test_one_page_says_it_all(tmp_path: Path, tiny_policy: Path, make_adapter: M
     assert "66 % (58–74)" in words and "length alone with 57 %" in words
     # Score, second reward model, KL, length, KL by position, calibration.
     assert page.count("<svg ") == 6
+    assert "<!-- seed 1000 -->" in page  # the plots call a run what the words do
     assert 'aria-label="KL by token position"' in page and 'aria-label="Reward model: calibration"' in page
     assert "4.6 of the 90 that ended by themselves" in words and "5.5 at temperature 1" in words
     assert "in 71 % of 33 pairs (60–82)" in words and "are off by 4.0 points" in words

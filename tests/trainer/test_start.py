@@ -1,0 +1,63 @@
+"""What ends a cycle from outside: one error, and the next try goes on where it was."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cycle_world import SETTINGS, make_job
+
+from deploy.config import PolicySettings
+from deploy.registry import Registry
+from feedback.config import FeedbackSettings, Settings
+from feedback.errors import Conflict, EngineUnavailable, NotDurable, PlauditError, TrainingRefused
+from feedback.stores import Stores, open_stores
+from trainer import start
+from trainer.schedule import begun
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Stores]]:
+    folder = tmp_path_factory.mktemp("start")
+    job = make_job(folder)
+    stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=folder)), "trainer")
+    yield job.policy, stores
+    stores.close()
+
+
+def learn(world: tuple[Path, Stores]) -> None:
+    policy, stores = world
+    start.learn(stores, Registry(stores.engine), policy, PolicySettings(name="tiny"), SETTINGS, lambda what, share: None)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told", "goes_on"),
+    [
+        (EngineUnavailable("rollouts.urls: none of 2 servers is left"), "none of 2 servers is left", True),
+        (OSError(errno.ENOSPC, "No space left on device"), "cycles: No space left on device; make room there and run", True),
+        (TrainingRefused("labels: 0 are left", field="labels"), "0 are left", False),
+    ],
+)
+def test_only_what_was_refused_begins_anew(
+    world: tuple[Path, Stores], monkeypatch: pytest.MonkeyPatch, fault: Exception, told: str, goes_on: bool
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(start, "run_cycle", fail)
+    kind = type(fault) if isinstance(fault, PlauditError) else NotDurable
+    with pytest.raises(kind, match=told):
+        learn(world)
+    assert (begun(world[1].settings.feedback.data_dir) is not None) == goes_on
+
+
+def test_a_second_trainer_on_the_same_folder_is_refused(world: tuple[Path, Stores], monkeypatch: pytest.MonkeyPatch) -> None:
+    def meanwhile(*_: Any, **__: Any) -> None:
+        learn(world)
+
+    monkeypatch.setattr(start, "run_cycle", meanwhile)
+    with pytest.raises(Conflict, match="another process trains there now; wait until its cycle has ended"):
+        learn(world)
