@@ -137,7 +137,10 @@ def test_contestants_must_have_taken_as_many_steps(tmp_path: Path) -> None:
 
 def test_the_table_of_reward_models_has_seconds_and_memory_of_each() -> None:
     share = Share(0.6, 0.5, 0.7, 10)
-    costs = {"ours": {"features_s": 5.0, "fit_s": 1.5, "memory_mb": 900.0}, "TRL": {"train_s": 40.0, "memory_mb": 4000.0, "losses": []}}
+    costs: dict[str, dict[str, object]] = {
+        "ours": {"features_s": 5.0, "fit_s": 1.5, "memory_mb": 900.0},
+        "TRL": {"train_s": 40.0, "memory_mb": 4000.0, "losses": []},
+    }
     table = rows({"ours": share, "length alone": share, "TRL": share}, costs)
     assert [(row["model"], row["s"], row["MB"]) for row in table] == [
         ("ours", 6.5, 900.0),
