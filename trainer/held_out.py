@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from feedback.errors import TrainingRefused
@@ -41,11 +42,16 @@ class Accuracy:
     clusters: int
 
 
-def clustered_mean(values_N: Tensor, clusters_N: Tensor) -> tuple[float, float, float]:
-    """Mean and its 95 % interval, with the cluster as the unit (linearised ratio estimator, normal quantile).
+def quantile(clusters: int) -> float:
+    """Half of a 95 % interval in units of a sd that was estimated from so many clusters (at least 2)."""
+    return float(stdtrit(clusters - 1, 0.975))
 
-    The variance is G/(G-1)·sum over clusters of (sum of residuals)² / N²; with fewer than two clusters the interval is
-    infinitely wide.
+
+def clustered_mean(values_N: Tensor, clusters_N: Tensor) -> tuple[float, float, float]:
+    """Mean and its 95 % interval, with the cluster as the unit (linearised ratio estimator, t's quantile with G - 1 degrees of freedom).
+
+    With few clusters the normal one is too short: of 2, 3, 5, 8 it holds the truth in 70, 82, 88, 90 of 100 cases. The variance is
+    G/(G-1)·sum over clusters of (sum of residuals)² / N²; with fewer than two clusters the interval is infinitely wide.
     """
     mean = values_N.double().mean()
     group_N = torch.from_numpy(np.unique(clusters_N.numpy(), return_inverse=True)[1])
@@ -53,7 +59,7 @@ def clustered_mean(values_N: Tensor, clusters_N: Tensor) -> tuple[float, float, 
     if groups < 2:
         return float(mean), float("-inf"), float("inf")
     residuals_G = torch.zeros(groups, dtype=torch.float64).index_add(0, group_N, values_N.double() - mean)
-    half = NORMAL_95 * float((groups / (groups - 1) * residuals_G.square().sum()).sqrt() / len(values_N))
+    half = quantile(groups) * float((groups / (groups - 1) * residuals_G.square().sum()).sqrt() / len(values_N))
     return float(mean), float(mean) - half, float(mean) + half
 
 
@@ -293,7 +299,7 @@ def side_bias(margins_N: Tensor, outcomes_N: Tensor, raters_N: Tensor) -> SideBi
         return SideBias(bias, None, None, len(margins_N))
     residuals_G = torch.zeros(groups, dtype=torch.float64).index_add(0, group_N, chose_N - chance_N)
     spread = float((chance_N * (1 - chance_N)).sum().clamp(min=1e-9))
-    half = NORMAL_95 * math.sqrt(groups / (groups - 1) * float(residuals_G.square().sum())) / spread
+    half = quantile(groups) * math.sqrt(groups / (groups - 1) * float(residuals_G.square().sum())) / spread
     return SideBias(bias, bias - half, bias + half, len(margins_N))
 
 

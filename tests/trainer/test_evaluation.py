@@ -130,7 +130,7 @@ def test_a_win_counts_only_against_answers_that_are_as_long() -> None:
     new, base = said([20, 40, 10, 11], [1.0, -9.0, 2.0, 0.0]), said([19, 60, 10, 30], [0.0, 9.0, 2.0, -9.0])
     found = length_matched_win(new, base, 2)
     assert found is not None and found["value"] == pytest.approx(0.5) and found["n"] == 3
-    # Residuals 1/2 and (0 - 1/2) sum to 1/2 and -1/2: variance 2/1·(1/4 + 1/4)/9 = 1/9, so the interval is 1/2 ± 1.96/3, cut to [0, 1].
+    # Residuals 1/2 and (0 - 1/2) sum to 1/2 and -1/2: variance 2/1·(1/4 + 1/4)/9 = 1/9, so the interval is 1/2 ± 12.7/3, cut to [0, 1].
     assert found["low"] == 0.0 and found["high"] == 1.0
     # 20 and 18 differ by a tenth of the longer, which is not less.
     assert length_matched_win(said([20, 20], [1.0, 1.0]), said([18, 18], [0.0, 0.0]), 2) is None

@@ -47,7 +47,7 @@ def test_side_bias_by_hand() -> None:
     # Now rater 0 chose it always and rater 1 in 2 of 4: residual sums 1 and -1, information 8·3/16: sd sqrt(2·2)/1.5.
     found = side_bias(torch.zeros(8, dtype=torch.float64), torch.tensor([A] * 4 + [A, A, B, B]), torch.tensor([0] * 4 + [1] * 4))
     assert found is not None and found.high is not None
-    assert found.high - found.value == pytest.approx(1.959964 * 2 / 1.5) and not found.alarm
+    assert found.high - found.value == pytest.approx(12.706205 * 2 / 1.5) and not found.alarm
     alone = side_bias(torch.zeros(2, dtype=torch.float64), torch.tensor([A, B]), torch.tensor([0, 0]))
     assert alone is not None and alone.low is None and not alone.alarm and alone.value == pytest.approx(0.0)
     always = side_bias(torch.zeros(2, dtype=torch.float64), torch.tensor([B, B]), torch.tensor([0, 1]))

@@ -173,9 +173,10 @@ def test_held_out_accuracy_of_prompts_raters_and_length() -> None:
 
 
 def test_clustered_interval_by_hand() -> None:
-    # Clusters (1, 1), (0, 0): mean 1/2; residual sums 1 and -1; variance 2/1·2/4² = 1/4, so sd 1/2.
+    # Clusters (1, 1), (0, 0): mean 1/2; residual sums 1 and -1; variance 2/1·2/4² = 1/4, so sd 1/2; t's quantile
+    # with one degree of freedom is tan(0.475·pi) = 12.706205.
     mean, low, high = clustered_mean(torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([5, 5, 9, 9]))
-    assert (mean, high - mean, mean - low) == pytest.approx((0.5, 0.9799820, 0.9799820))
+    assert (mean, high - mean, mean - low) == pytest.approx((0.5, 6.3531024, 6.3531024))
     assert clustered_mean(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))[1] == -math.inf
 
 
