@@ -182,7 +182,7 @@ def concluded(report: Report, found: dict[str, list[dict[str, Any]]]) -> int:
 
 def main() -> int:
     torch.set_num_threads(1)  # so small a model gains little from a second one, and two runs fit on two cores
-    report = Report("ablations", seed=0, rooms=("trainer", "examples/concierge"))
+    report = Report("ablations", seed=0, rooms=("trainer", "examples", "benchmarks/concierge.py"))
     found: dict[str, list[dict[str, Any]]] = {}
     for arms, temperature, worlds in ((ALGORITHMS, 1.0, WORLDS), (MISMATCHES, MISMATCH_TEMPERATURE, MISMATCH_WORLDS)):
         for name, arm in arms.items():

@@ -141,7 +141,8 @@ def told(match: Mapping[str, Any]) -> str:
 
 def main() -> int:
     only = os.environ.get("ONLY", "")
-    report = Report("crossover", seed=0, rooms=("feedback", "trainer", "examples/concierge", "examples/smollm2"))
+    shared = (f"benchmarks/{name}.py" for name in ("concierge", "sides", "smollm2"))
+    report = Report("crossover", seed=0, rooms=("feedback", "trainer", "examples", *shared))
     found: dict[str, list[dict[str, Any]]] = {}
     caught = []
     for policy in ("concierge",) if quick() else tuple(MAKE):

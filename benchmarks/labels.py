@@ -265,7 +265,7 @@ def compare(report: Report, rows: Sequence[Mapping[str, Any]], counts: Sequence[
 
 def main() -> int:
     torch.set_num_threads(1)
-    report = Report("labels", seed=0, rooms=("feedback", "trainer", "examples/concierge", "benchmarks/peers"))
+    report = Report("labels", seed=0, rooms=("feedback", "trainer", "examples", "benchmarks/peers", "benchmarks/concierge.py"))
     counts, worlds, controls = (COUNTS[:1], DEV_WORLDS[:1], DEV_WORLDS[:1]) if quick() else (COUNTS, WORLDS, SHUFFLED_WORLDS)
     with Worker(TRL) as peer, closing(Bench(report, peer)) as bench:
         tuning = [] if quick() else bench.tuning()

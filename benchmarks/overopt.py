@@ -323,7 +323,7 @@ def shape(curve: Curve) -> dict[str, Any]:
 
 def main() -> int:
     torch.set_num_threads(1)  # so small a model gains little from a second one, and two runs fit on two cores
-    report = Report("overopt", seed=0, rooms=("feedback", "trainer", "examples/concierge"))
+    report = Report("overopt", seed=0, rooms=("feedback", "trainer", "examples", "benchmarks/concierge.py"))
     few, many = (QUICK_COMPARISONS, 2 * QUICK_COMPARISONS) if quick() else (COMPARISONS, MORE_COMPARISONS)
     rows: list[dict[str, Any]] = []
     for seed in INSIDE[:1] if quick() else INSIDE:
