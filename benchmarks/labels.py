@@ -274,6 +274,8 @@ def main() -> int:
         at = counts[-1] if quick() else TUNED_AT
         noise = [bench.cell(method, world, at, chosen[method], shuffle=True) for world in controls for method in GRIDS]
     table = compare(report, rows, counts)
+    # Nobody who learns nothing may pass.
+    report.check(f"{table[-1]['labels']} labels: median W of ours", table[-1]["W ours"], at_least=0.0 if quick() else 0.6)
     learned = {method: median(row["wins"] for row in noise if row["method"] == method) for method in GRIDS}
     report.control(
         f"the same labels shuffled win nothing (median W <= 0.55): {', '.join(f'{method} {wins:.3f}' for method, wins in learned.items())}",

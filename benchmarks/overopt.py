@@ -1,6 +1,6 @@
 """Does the budget end PPO before a learned reward stops meaning anything, and does a second round of ratings repair it where it cannot?
 
-    make bench-overopt              worlds 0-4 with the optimum inside what was rated, 0-2 with it outside; finished cells are kept
+    make bench-overopt              worlds 60-64 with the optimum inside what was rated, 60-62 with it outside; finished cells are kept
     QUICK=1 make bench-overopt      one world of each, few iterations: shows that it runs, too short to conclude from
 
 Gold is the hidden utility of answers to prompts that nobody rated; its gain is over the base's. Inside: the released adapter's
@@ -47,7 +47,8 @@ Curve = dict[str, Any]
 """A run, as it is stored: a list for each of COLUMNS, and gold's gain over the base, which is None at steps that were not measured."""
 Adapter = dict[str, Tensor]
 
-INSIDE, OUTSIDE = range(5), range(3)
+INSIDE, OUTSIDE = range(60, 65), range(60, 63)
+"""No setting was chosen on them."""
 COMPARISONS, MORE_COMPARISONS, QUICK_COMPARISONS = 180, 720, 48
 """With thumbs on both answers 180 give about 500 ratings."""
 FREE, LONG = 80, 32

@@ -120,7 +120,8 @@ class Run:
 
         Then the adapter that was good at its best is released; one beyond the target never is, however well it did. There are two
         doubts. Scores have unit sd, so the difference of two means of k·n replies has a variance of 2 / (k·n); and few raters leave
-        open what they would think of the change, which is the variance of the model's own posterior.
+        open what they would think of the change, which is the variance of the model's own posterior. Three sd, because every step looks:
+        with two, one run in two that had stopped rising would have ended within 20 steps.
         """
         k = self.settings.patience
         self.recent = [*self.recent, watched][-k:]
@@ -132,7 +133,7 @@ class Run:
             self.best_stop = (now, *self.good)
             return False
         best, step, adapter = self.best_stop
-        doubt = 2 * (2 / (k * self.settings.rollouts) + float((now.place_S - best.place_S).square().sum())) ** 0.5
+        doubt = 3 * (2 / (k * self.settings.rollouts) + float((now.place_S - best.place_S).square().sum())) ** 0.5
         if now.score > best.score - doubt:
             return False
         self.good = (step, adapter)

@@ -230,7 +230,7 @@ def test_an_earlier_stop_never_releases_what_was_beyond_the_target(folder: Path)
     policy = Policy.load(folder)
     control = Run(PPOSettings(kl_target_nats=2.0, patience=1, rollouts=8))
     control.beta_for(10.0)
-    # Noise of one mean of 8 replies: 2·sqrt(2 / 8) = 1. Best at step 2, whose KL is above the target; then a fall by 4.
+    # Noise of one mean of 8 replies: 3·sqrt(2 / 8) = 1.5. Best at step 2, whose KL is above the target; then a fall by 4.
     for step, (kl, score) in enumerate([(0.0, 0.0), (1.5, 2.0), (2.5, 3.0), (1.8, -1.0)]):
         measured = Step(step=step, score=0, stop_score=score, kl_nats=kl, beta=0.5, reply_tokens=10, finished=1)
         ended = control.judge(measured, policy, Watched(score, torch.zeros(1)))
@@ -242,7 +242,7 @@ def test_an_earlier_stop_never_releases_what_was_beyond_the_target(folder: Path)
 
 def test_a_fall_that_few_raters_cannot_tell_from_none_does_not_stop(folder: Path) -> None:
     policy = Policy.load(folder)
-    # The fall from 2 to 0 is beyond the sampling noise, 2·sqrt(2 / 8) = 1, but not beyond 2·sqrt(2 / 8 + 1²) = 2.24, where the raters
+    # The fall from 2 to 0 is beyond the sampling noise, 3·sqrt(2 / 8) = 1.5, but not beyond 3·sqrt(2 / 8 + 1²) = 3.35, where the raters
     # leave open what they think of the change with an sd of 1.
     for sd, ends in ((0.0, True), (1.0, False)):
         control = Run(PPOSettings(kl_target_nats=2.0, patience=1, rollouts=8))
