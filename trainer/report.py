@@ -55,6 +55,8 @@ def report_of(record: AdapterRecord, registry: Registry, data_dir: Path, target:
         "metrics": metrics,
         "plots": plots_of(folder, reward, details),
         "stopped_because": training[-1].body.get("stopped_because"),
+        "alarms": training[-1].body.get("warnings", []),
+        "ensemble": reward.get("family") == "ensemble",
         "seconds": training[-1].body.get("seconds"),
         "simulated": reward["simulated_raters"],
         "limits": LIMITS,

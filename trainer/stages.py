@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from trainer.labels import Labels, Progress, features_of, from_snapshot
 from trainer.policy import Policy
 from trainer.ppo import Options, train
 from trainer.reply import Reply
-from trainer.reward_model import fit, load, split_raters
+from trainer.reward_model import RewardModel, fit, load, split_raters
 from trainer.ridge import CrossFit, cross_validate
 from trainer.rollouts import rollouts_for
 from trainer.schedule import Job, LearningSettings
@@ -41,6 +41,8 @@ from trainer.tastes import tastes
 
 NOT_FINITE = ("loss", "score")
 """Fields of the errors with which PPO ends on a number that is none. Its last checkpoint is good."""
+FORESEEN_BY = "ridge's on frozen features, cross-fitted"
+"""Whose held_out_nll, accuracy, calibration, side bias, standings of raters and likelihood gain are, whichever model scores."""
 BASE_SEED, EVALUATION_SEED = 100_000, 200_000
 """Far from PPO's seeds, which count its steps: equal seeds would give equal random numbers to answers that should be independent."""
 
@@ -163,6 +165,8 @@ class Stages:
             "map": model.about["map"],
             "ridge": model.about["ridge"],
             "held_out_nll": model.about["held_out_nll"],
+            "first_fold_nll": model.about.get("first_fold_nll"),
+            "foreseen_by": FORESEEN_BY,
             "scalars": model.about["scalars"],
             "choices": len(labels.choices),
             "thumbs": len(labels.thumbs),
@@ -172,7 +176,7 @@ class Stages:
             "second": watch is not None,
             "accuracy": {name: asdict(value) if value else None for name, value in accuracy.items()},
             "length_share": length_share(labels, model.score(model.features(labels.replies, labels.features_ND))[0]),
-            **_told(labels, chosen, others, discounted=settings.discount_unreliable),
+            **_told(labels, chosen, others, model, discounted=settings.discount_unreliable),
             "likelihood_gain": asdict(likelihood_gain(labels, chosen)),
             "tastes": [asdict(taste) | {"words": taste.words} for taste in tastes(labels)],
             "warnings": warnings,
@@ -310,19 +314,31 @@ class Stages:
         write_json(self.folder / "adapter.json", {"adapter_id": adapter_id, "path": str(path.absolute())})
 
 
-def _told(labels: Labels, chosen: CrossFit, others: UnseenRaters | None, *, discounted: bool) -> dict[str, Any]:
+def _told(labels: Labels, chosen: CrossFit, others: UnseenRaters | None, model: RewardModel, *, discounted: bool) -> dict[str, Any]:
     """Calibration, side bias, agreement and raters, in figures and in words."""
     calibrated, side = foretold(labels, chosen)
     agreed, found = raters.agreement(labels), raters.standings(labels, others)
     dissent = raters.dissenters(found)
     figures = {"calibration": calibrated, "side_bias": side, "agreement": agreed}
     words = [value.words for value in figures.values() if value] + raters.findings(found, dissent, discounted=discounted)
+    words += whose_figures(model.about)
     return {
         **{name: asdict(value) if value else None for name, value in figures.items()},
         "raters_found": [asdict(each) for each in found],
         "dissenters": dissent,
         "findings": words,
     }
+
+
+def whose_figures(about: Mapping[str, Any]) -> list[str]:
+    """Whose the figures are where they are not the reward model's own."""
+    if about["family"] != "ensemble":
+        return []
+    nll = about["first_fold_nll"]
+    return [
+        f"the reward model is an ensemble on an adapter of its own; accuracy, calibration and likelihood on unseen ratings are "
+        f"{FORESEEN_BY}; on the first fold of prompts the ensemble took {nll['ensemble']:.3f} nats a rating and ridge {nll['ridge']:.3f}"
+    ]
 
 
 def _ratings_by_rater(labels: Labels) -> list[int]:

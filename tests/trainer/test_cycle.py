@@ -63,6 +63,7 @@ def test_a_cycle_leaves_an_adapter_with_its_evidence(world: tuple[Job, Path], re
     reward = json.loads((result.folder / "reward.json").read_text())
     assert reward["choices"] == reward["thumbs"] == 90 and reward["simulated_raters"] == reward["raters"] == 10
     assert reward["second"] and reward["accuracy"]["prompts"]["n"] == 90
+    assert reward["first_fold_nll"] is None and reward["foreseen_by"].startswith("ridge's")
     assert manifest.reward_model == reward["id"]
     steps = [json.loads(line)["step"] for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(len(steps))) and len(steps) > 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,9 @@ EVALUATION: dict[str, Any] = {
 FACTS = "60 items cannot certify 2 points"
 
 
-def _trained(folder: Path, policy: Path, make: MakeAdapter, registry: Registry, **changed: object) -> AdapterRecord:
+def _trained(
+    folder: Path, policy: Path, make: MakeAdapter, registry: Registry, alarms: Sequence[str] = (), family: str = "ridge", **changed: object
+) -> AdapterRecord:
     """A registered adapter with the files that its cycle left."""
     cycle = folder / "cycles" / "c1"
     cycle.mkdir(parents=True)
@@ -63,11 +65,12 @@ def _trained(folder: Path, policy: Path, make: MakeAdapter, registry: Registry, 
     (cycle / "seed-1").mkdir()
     (cycle / "seed-1" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in STEPS[:1]))
     (cycle / "seed-1" / "ppo.json").write_text(json.dumps({"seed": 1000}))
-    (cycle / "reward.json").write_text(json.dumps(REWARD))
+    (cycle / "reward.json").write_text(json.dumps(REWARD | {"family": family}))
     (cycle / "details.json").write_text(json.dumps({"facts": {"words": FACTS}, "kl": {"by_position": [0.1, 0.2, 0.05]}}))
     adapter, path = make(policy, folder / "adapters", 1)
     record = registry.register(adapter, path, "trainer")
-    registry.attest(adapter, "training", {"cycle": "c1", "seconds": {"ppo": 61.0}, "stopped_because": "the last iteration"}, "trainer")
+    training: dict[str, Any] = {"cycle": "c1", "seconds": {"ppo": 61.0}, "stopped_because": "the last iteration", "warnings": list(alarms)}
+    registry.attest(adapter, "training", training, "trainer")
     registry.attest(adapter, "evaluation", EVALUATION | changed, "trainer")
     return record
 
@@ -94,7 +97,11 @@ def test_one_page_says_it_all(tmp_path: Path, tiny_policy: Path, make_adapter: M
     assert 'aria-label="KL by token position"' in page and 'aria-label="Reward model: calibration"' in page
     assert "4.6 of the 90 that ended by themselves" in words and "5.5 at temperature 1" in words
     assert "in 71 % of 33 pairs (60–82)" in words and "are off by 4.0 points" in words
-    assert "with other random numbers: seed 1000 gains -0.10 sd against seed 0." in words and "may be luck" not in words
+    assert (
+        "with other random numbers: seed 1000 gains -0.10 sd against seed 0." in words
+        and "may be luck" not in words
+        and "alarm" not in words
+    )
     assert "\nLuck: seed 1000 gains" in gist
     assert "+0.80 sd against base (+0.50 … +1.10)" in words
     assert "4.2 nats" in words and "budget was 6.0" in words
@@ -105,6 +112,7 @@ def test_one_page_says_it_all(tmp_path: Path, tiny_policy: Path, make_adapter: M
         "24 of 24 raters are simulated" in gist
         and "24 raters gave 150 choices and 270 thumbs; the reward model foresees 66 % (58–74)" in gist
     )
+    assert "Alarm" not in gist and "The reward model agrees with 66 %" in words
     assert "\nbrief: likes finished\n" in gist and FACTS in gist and "\n  before: It\n  now:    Peel it first.\n" in gist
 
 
@@ -148,6 +156,19 @@ def test_a_gain_of_one_seed_only_is_marked_and_an_older_cycle_still_has_its_repo
     before = {name: value for name, value in EVALUATION.items() if name not in ("seeds", "length_matched_win", "kl_nats_at_1")}
     registry.attest(record.id, "evaluation", before, "trainer")
     assert "Luck:" not in report_of(record, registry, folder, target)
+
+
+def test_alarms_are_told_and_whose_figures_they_are(
+    tmp_path: Path, tiny_policy: Path, make_adapter: MakeAdapter, registry: Registry
+) -> None:
+    folder, target = tmp_path / "data", tmp_path / "one.html"
+    alarms = [f"PPO, step {step}: mean importance weight 2.50, outside [0.5, 2]" for step in range(1, 6)]
+    gist = report_of(_trained(folder, tiny_policy, make_adapter, registry, alarms, "ensemble"), registry, folder, target)
+    page = target.read_text()
+    assert "5 alarms of PPO" in page and all(alarm in page for alarm in alarms)
+    assert f"\nAlarm: {alarms[2]}\nAlarms: 2 more, in the report\nChanged: " in gist and alarms[3] not in gist
+    assert "Ridge, beside the ensemble that was trained on, agrees with 66 %" in re.sub(r"\s+", " ", page)
+    assert "ridge, beside the ensemble, foresees 66 %" in gist
 
 
 def test_a_plot_has_the_colour_of_the_page() -> None:

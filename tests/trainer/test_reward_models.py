@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from trainer.policy import Policy
 from trainer.reward_model import RewardModel, fit, load
 from trainer.ridge import RidgeModel, cross_validate
 from trainer.score import Scorer
+from trainer.stages import whose_figures
 
 RIDGE = RewardModelSettings(maps=("linear",), ridges=(0.3, 3.0), folds=3, grid_extensions=1)
 ENSEMBLE = RIDGE.model_copy(update={"ensemble_from_choices": 1, "ensemble_members": 4, "ensemble_learning_rate": 1e-2})
@@ -51,6 +53,17 @@ def scores(model: RewardModel, labels: Labels) -> torch.Tensor:
 def test_it_is_the_kind_that_was_asked_for(kind: str, model: RewardModel) -> None:
     assert model.about["family"] == kind
     assert isinstance(model, {"ridge": RidgeModel, "ensemble": Ensemble}[kind])
+
+
+def test_it_is_told_whose_figures_are_not_the_ensembles_own(kind: str, model: RewardModel) -> None:
+    told = whose_figures(model.about)
+    if kind == "ridge":
+        assert told == []
+    else:
+        first_fold: Any = model.about["first_fold_nll"]
+        assert first_fold["ensemble"] < first_fold["ridge"]
+        assert f"the ensemble took {first_fold['ensemble']:.3f} nats a rating and ridge {first_fold['ridge']:.3f}" in told[0]
+        assert "accuracy, calibration and likelihood on unseen ratings are ridge's on frozen features" in told[0]
 
 
 def test_it_orders_answers_by_their_hidden_utility(model: RewardModel, world: RatedWorld) -> None:
