@@ -33,6 +33,7 @@ class Step:
     first_ratio_deviation: float = 0.0
     clipfrac: float = 0.0
     approx_kl: float = 0.0
+    """Nats a token, or with RLOO a reply."""
     explained_variance: float = 0.0
     value_loss: float = 0.0
     generate_s: float = 0.0

@@ -46,7 +46,7 @@ class PolicyLoss(NamedTuple):
     clipfrac: Tensor
     """Share of tokens where the clip took the gradient."""
     approx_kl: Tensor
-    """k3 estimate of KL(old || new), in nats a token."""
+    """k3 estimate of KL(old || new), in nats an action: a token, or a whole reply with RLOO."""
 
 
 def policy_loss(

@@ -141,7 +141,7 @@ def train(
             finished=float(finished_B.mean()),
             generate_s=generated - started,
             score_s=scored - generated,
-            alarms=() if sampled.behaviour_BT is None else alarms(old_BT, sampled.behaviour_BT, mask_BT),
+            alarms=() if sampled.behaviour_BT is None else alarms(old_BT, sampled.behaviour_BT, mask_BT, whole_replies=rloo),
         )
         if run.judge(measured, policy, watched):
             if options.on_step:

@@ -46,13 +46,15 @@ class Rollouts(Protocol):
         """One reply for each prompt, from the whole distribution (top-p 1, no top-k)."""
 
 
-def alarms(old_BT: Tensor, behaviour_BT: Tensor, mask_BT: Tensor) -> tuple[str, ...]:
+def alarms(old_BT: Tensor, behaviour_BT: Tensor, mask_BT: Tensor, *, whole_replies: bool = False) -> tuple[str, ...]:
     """What is wrong with replies that another engine sampled, in words; nothing where importance weights can correct for it.
 
     w = pi_old / pi_behaviour of each real token, before any cap. Bounds as verl's health checks have them: mean w in [0.5, 2],
     effective sample size (sum w)^2 / (n sum w^2) at least 0.3, sd of w at most 1, |KL(behaviour || old)| at most 0.1 nats a token.
+    With `whole_replies` each w is a reply's, the product of its tokens', as RLOO corrects with; the KL stays that of tokens.
     """
-    w_N = (old_BT - behaviour_BT)[mask_BT.bool()].double().exp()
+    gap_BT = (old_BT - behaviour_BT).double().masked_fill(mask_BT == 0, 0.0)
+    w_N = (gap_BT.sum(1) if whole_replies else gap_BT[mask_BT.bool()]).exp()
     mean, sd = float(w_N.mean()), float(w_N.std(correction=0))
     effective = float(w_N.sum().square() / (len(w_N) * w_N.square().sum()))
     kl = float(masked_mean(behaviour_BT - old_BT, mask_BT))

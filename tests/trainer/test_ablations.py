@@ -46,6 +46,13 @@ def test_the_alarm_tells_small_noise_from_large(folder: Path) -> None:
     assert any("effective sample size" in words for words in large)
 
 
+def test_the_alarm_is_about_the_weights_that_correct(folder: Path) -> None:
+    # Noise of sd 0.4 is harmless for a token, whose weights' effective sample size is exp(-0.16) = 0.85, and not for a reply of up to 8.
+    tokens, replies = (run(folder, noise=0.4, iterations=1, algorithm=algorithm)[0].steps[0].alarms for algorithm in ("ppo", "rloo"))
+    assert tokens == ()
+    assert any("sd of the importance weights" in words for words in replies)
+
+
 @pytest.mark.slow
 def test_small_noise_is_repaired_and_large_noise_that_is_trusted_is_not(folder: Path) -> None:
     exact, small, trusted = (

@@ -176,6 +176,25 @@ def test_alarms_by_hand() -> None:
     )
 
 
+def test_alarms_about_whole_replies_by_hand() -> None:
+    # Six tokens of a reply have w = sqrt 2, of the three others 1/sqrt 2, and six more of each agree. Tokens are harmless: mean w
+    # (6·1.414 + 18·0.707 + 24)/48 = 0.94, KL (18 - 6)·0.3466/48 = 0.087. Replies have w = 8, 1/8, 1/8, 1/8: mean 8.375/4 = 2.09;
+    # 8.375^2 / (4·(64 + 3/64)) = 0.274; variance 16.012 - 4.384 = 11.63.
+    up, agree = [log(2) / 2] * 6, [0.0] * 6
+    down = [-log(2) / 2] * 6
+    old = torch.tensor([[*up, *agree, 50.0], *[[*down, *agree, 50.0]] * 3])
+    zeros, mask = torch.zeros(4, 13), torch.tensor([[1.0] * 12 + [0.0]]).repeat(4, 1)
+    assert alarms(old, zeros, mask) == ()
+    assert alarms(old, zeros, mask, whole_replies=True) == (
+        "mean importance weight 2.09, outside [0.5, 2]",
+        "effective sample size 0.27 of 1, below 0.3",
+        "sd of the importance weights 3.41, above 1",
+    )
+    # The inverse weights are as bad for replies, 1/8, 8, 8, 8, and as harmless for tokens.
+    assert alarms(zeros, old, mask) == ()
+    assert alarms(zeros, old, mask, whole_replies=True)[0] == "mean importance weight 6.03, outside [0.5, 2]"
+
+
 @pytest.mark.slow
 def test_an_engine_that_refuses_is_quoted(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     server = request.getfixturevalue("vllm_concierge")
