@@ -68,9 +68,8 @@ def scorer(
     once: Annotated[bool, typer.Option(help="End when nothing new is there.")] = False,
 ) -> None:
     """Scores what a rollout's arms answer people, with the canary's reward model; until Ctrl-C."""
-    from trainer.cycle import use_threads
+    from trainer.processor import giving_way, use_threads
     from trainer.scorer import InteractionScorer
-    from trainer.start import giving_way
 
     with opened(config_path, "scorer") as (settings, stores, registry), giving_way(settings.cycle.niceness):
         policy = policy_folder(settings)
@@ -92,8 +91,8 @@ def _learning(settings: Settings, shuffle: bool) -> LearningSettings:
 
 
 def _rehearse(settings: Settings, stores: Stores, registry: Registry, shuffle: bool) -> None:
+    from trainer.processor import giving_way
     from trainer.rehearsal import rehearse
-    from trainer.start import giving_way
 
     with giving_way(settings.cycle.niceness):
         found = rehearse(stores, registry, policy_folder(settings), settings.policy, _learning(settings, shuffle))
@@ -121,7 +120,8 @@ def _plan(settings: Settings) -> None:
 
 def _train(settings: Settings, stores: Stores, registry: Registry, shuffle: bool) -> str:
     from trainer import distributed
-    from trainer.start import giving_way, learn
+    from trainer.processor import giving_way
+    from trainer.start import learn
 
     distributed.start()
     lineage.finish(stores, registry, settings.erasure)

@@ -19,21 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from deploy.lineage import forget
 from deploy.manifest import base_config
 from feedback.snapshot import load as load_snapshot
 from trainer import metrics
 from trainer.labels import Progress
+from trainer.processor import use_threads
 from trainer.schedule import Job, LearningSettings, cycle_id
 from trainer.stages import Stages, read_json, refuse_redacted, write_json
 
 if TYPE_CHECKING:
     from deploy.registry import Registry
-
-
-SMALL_POLICY_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -105,17 +101,6 @@ def run_cycle(
             # Last, because this one starts the gates.
             registry.attest(result.adapter_id, "evaluation", result.evaluation, by)
     return result
-
-
-def use_threads(policy: Path, threads: int) -> None:
-    """As many threads of torch as `cycle.threads` asks for."""
-    if threads := threads or int(_is_small(policy)):
-        torch.set_num_threads(threads)
-
-
-def _is_small(policy: Path) -> bool:
-    """Whether one thread is safer: on an idle machine two are 1.4 times as fast, beside other work they took ten times as long."""
-    return 0 < sum(path.stat().st_size for path in policy.glob("*.safetensors")) < SMALL_POLICY_BYTES
 
 
 def _training_body(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:

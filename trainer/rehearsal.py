@@ -19,9 +19,9 @@ from feedback.errors import PlauditError, TrainingRefused
 from feedback.snapshot import Row, load, opinions
 from feedback.stores import Stores
 from trainer.budget import kl_budget
-from trainer.cycle import use_threads
 from trainer.labels import check, usable
 from trainer.policy import Policy
+from trainer.processor import use_threads
 from trainer.reply import by_tokens
 from trainer.reward_model import two_models
 from trainer.schedule import Job, LearningSettings, begun, cycle_id, ratings_now, ratings_then

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,6 @@ from trainer.schedule import Job, LearningSettings, begin, begun, cycle_id, give
 from trainer.stages import NOT_FINITE
 
 BY = "trainer"
-AUTOGROUP = Path("/proc/self/autogroup")
 
 
 def lines_of(path: Path | None, field: str) -> list[str]:
@@ -37,28 +35,6 @@ def lines_of(path: Path | None, field: str) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as exc:
         raise InvalidInput(f"cycle.{field}: {path} cannot be read: {exc}", field=f"cycle.{field}") from exc
-
-
-@contextlib.contextmanager
-def giving_way(niceness: int) -> Iterator[None]:
-    """Inside, serving goes first: this process is nice, and so is its session where Linux shares the processor among sessions.
-
-    With autogroups (sched(7), usual on desktops and servers) niceness counts within a session only. A trainer of another session
-    than the model server's would take half of every core, and a server whose threads wait for each other would stand nearly still.
-    """
-    os.nice(max(0, niceness - os.nice(0)))
-    before: int | None = None
-    with contextlib.suppress(OSError):  # no Linux, no autogroups, or not allowed: niceness alone has to do
-        found = re.search(r"nice (-?\d+)", AUTOGROUP.read_text())
-        if found and int(found[1]) < niceness:
-            AUTOGROUP.write_text(str(niceness))
-            before = int(found[1])
-    try:
-        yield
-    finally:
-        if before is not None:
-            with contextlib.suppress(OSError):  # only root may take niceness back
-                AUTOGROUP.write_text(str(before))
 
 
 def learn(

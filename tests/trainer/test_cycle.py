@@ -28,7 +28,7 @@ from feedback.erasure import Asker
 from feedback.errors import InvalidInput, SnapshotRedacted, TrainingRefused
 from feedback.snapshot import load
 from feedback.stores import open_stores
-from trainer import ppo, start
+from trainer import ppo, processor, start
 from trainer.config import CycleSettings
 from trainer.cycle import CycleResult, run_cycle
 from trainer.losses import value_loss
@@ -240,13 +240,13 @@ def test_a_killed_trainer_goes_on_at_its_step_and_makes_the_same_adapter(
 def test_training_gives_way_and_takes_nothing_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     autogroup = tmp_path / "autogroup"
     autogroup.write_text("/autogroup-4 nice 0\n")
-    monkeypatch.setattr(start, "AUTOGROUP", autogroup)
+    monkeypatch.setattr(processor, "AUTOGROUP", autogroup)
     # One more than now at most, because a test cannot take its niceness back.
-    with start.giving_way(niceness := max(1, os.nice(0))):
+    with processor.giving_way(niceness := max(1, os.nice(0))):
         assert autogroup.read_text() == str(niceness)
     assert autogroup.read_text() == "0"
-    monkeypatch.setattr(start, "AUTOGROUP", tmp_path / "not there")
-    with start.giving_way(niceness):
+    monkeypatch.setattr(processor, "AUTOGROUP", tmp_path / "not there")
+    with processor.giving_way(niceness):
         assert os.nice(0) == niceness
 
 
