@@ -13,9 +13,10 @@ from commands.terminal import Steps, complain, say
 from deploy import lineage
 from deploy.manifest import base_config
 from deploy.registry import Registry
+from feedback.errors import ConfigError
 from feedback.stores import Stores
 from trainer import memory
-from trainer.config import refuse_serving
+from trainer.config import HardwareSettings, refuse_serving
 from trainer.schedule import LearningSettings
 
 app = typer.Typer()
@@ -31,6 +32,8 @@ def train(
     """One cycle: snapshot, reward model, PPO, evaluation, candidate. Goes on where a killed one stopped."""
     if plan:
         return _plan(settings_from(config_path))
+    if dry_run:
+        _one_process("train --dry-run")
     if int(os.environ.get("RANK", "0")) > 0:  # torchrun started several: the first one has the stores, the others help it
         from trainer.start import follow
 
@@ -48,6 +51,7 @@ def train(
 @app.command()
 def trainer(config_path: ConfigPath = None, poll_s: Annotated[float, typer.Option(help="How often to look.")] = 5.0) -> None:
     """Runs a cycle whenever enough new ratings are there; until Ctrl-C."""
+    _one_process("trainer")
     from trainer import metrics
     from trainer.schedule import should_train
 
@@ -83,6 +87,13 @@ def scorer(
             time.sleep(poll_s)
 
 
+def _one_process(command: str) -> None:
+    """Raises ConfigError under a launcher of several: all of them but the first would wait for a cycle that may never come."""
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        told = f"WORLD_SIZE is {processes}: `plaudit {command}` is one process; start `plaudit train` under torchrun, it runs one cycle"
+        raise ConfigError(told, field="WORLD_SIZE")
+
+
 def _learning(settings: Settings, shuffle: bool) -> LearningSettings:
     refuse_serving(settings.rollouts, settings.engine)
     cycle = settings.cycle.model_copy(update={"shuffle_labels": shuffle or settings.cycle.shuffle_labels})
@@ -105,17 +116,29 @@ def _rehearse(settings: Settings, stores: Stores, registry: Registry, shuffle: b
 
 
 def _plan(settings: Settings) -> None:
-    number = 4 if settings.hardware.dtype == "float32" else 2
+    number, chosen = _bytes_a_number(settings.hardware)
     local = not settings.rollouts.urls
     places = [memory.Where(settings.policy.max_model_len, number=number, local=local)]
     places += [memory.Where(settings.policy.max_model_len, number, n, sharded, local) for n in (2, 8) for sharded in (False, True)]
     config = base_config(policy_folder(settings))
     names = ["one", *(f"{place.processes}{' sharded' if place.sharded else ''}" for place in places[1:])]
     columns = [memory.plan(config, settings.ppo, place) for place in places]
-    say(f"GiB of each process, backbone in {'float32' if number == 4 else 'bfloat16'}; see docs/training.md")
+    say(f"GiB of each process, backbone in {'float32' if number == 4 else 'bfloat16'} ({chosen}); see docs/training.md")
     say(f"{'processes':>52}" + "".join(f"{name:>12}" for name in names))
     for rows in zip(*columns, strict=True):
         say(f"{rows[0].what:>52}" + "".join(f"{row.size_bytes / 2**30:12.2f}" for row in rows))
+
+
+def _bytes_a_number(hardware: HardwareSettings) -> tuple[int, str]:
+    """Of the backbone, and who says so. What is set may be another machine's; only `auto` for both is this one's."""
+    if hardware.dtype != "auto":
+        return (4 if hardware.dtype == "float32" else 2), "hardware.dtype"
+    if hardware.device != "auto":
+        return (4 if hardware.device == "cpu" else 2), "hardware.device"
+    from trainer.policy import place
+
+    where, dtype = place("auto", "auto")
+    return dtype.itemsize, f"what this machine's {'GPU' if where.type == 'cuda' else 'CPU'} would use; hardware.dtype plans for another"
 
 
 def _train(settings: Settings, stores: Stores, registry: Registry, shuffle: bool) -> str:
