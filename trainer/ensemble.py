@@ -9,22 +9,17 @@ spread is what the ratings leave open.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from feedback import files
 from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
 from trainer.feature_map import FeatureMap
 from trainer.labels import Labels
+from trainer.model_file import ModelFile
 from trainer.policy import GROUP_TOKENS, Policy
 from trainer.problem import Parameters, Problem, build_problem, minimise, one_thread, prompt_features
 from trainer.reply import Reply, by_tokens
@@ -37,7 +32,7 @@ MICROBATCH = 4
 
 
 @dataclass(frozen=True)
-class Ensemble:
+class Ensemble(ModelFile):
     """Scores answers by their features under its own adapter. Made by `fit_ensemble`."""
 
     feature_map: FeatureMap
@@ -74,25 +69,10 @@ class Ensemble:
         away_BM: Tensor = (mapped_BM - mapped_BM.mean(1, keepdim=True)) / (members - 1) ** 0.5
         return away_BM
 
-    def score(self, features_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and sd of each answer's score, both of shape B, float64."""
-        return self.score_mapped(self.mapped(features_BD))
-
-    @cached_property
-    def _bytes(self) -> bytes:
-        adapter = {f"adapter.{name}": value.contiguous() for name, value in self.adapter.items()}
-        tensors = {"heads": self.heads_PM.contiguous(), **self.feature_map.tensors(), **adapter}
-        content: bytes = save(tensors, metadata={"about": json.dumps(self.about, sort_keys=True)})
-        return content
-
-    @property
-    def id(self) -> str:
-        """SHA-256 of the saved file."""
-        return hashlib.sha256(self._bytes).hexdigest()
-
-    def save(self, path: Path) -> None:
-        """Write one safetensors file, atomically."""
-        files.replace(path, self._bytes)
+    def tensors(self) -> dict[str, Tensor]:
+        """Map, heads and adapter."""
+        adapter = {f"adapter.{name}": value for name, value in self.adapter.items()}
+        return {"heads": self.heads_PM, **self.feature_map.tensors(), **adapter}
 
     @classmethod
     def from_tensors(cls, about: dict[str, object], tensors: dict[str, Tensor], policy: Policy | None) -> Ensemble:

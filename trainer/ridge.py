@@ -8,23 +8,19 @@ optimum gives a Gaussian posterior (Laplace), so that every score comes with its
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from feedback import files
 from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
 from trainer.feature_map import FeatureMap
 from trainer.labels import Labels
+from trainer.model_file import ModelFile
 from trainer.problem import Parameters, Problem, build_problem, minimise, one_thread, precisions, prompt_features
 
 if TYPE_CHECKING:
@@ -32,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RidgeModel:
+class RidgeModel(ModelFile):
     """Scores answers by their frozen features. Made by `fit_ridge`."""
 
     feature_map: FeatureMap
@@ -62,24 +58,9 @@ class RidgeModel:
         root_PP: Tensor = torch.linalg.cholesky(self.covariance_PP)
         return root_PP
 
-    def score(self, features_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and sd of each answer's score, both of shape B, float64."""
-        return self.score_mapped(self.mapped(features_BD))
-
-    @cached_property
-    def _bytes(self) -> bytes:
-        tensors = {"weights": self.weights_P.contiguous(), "covariance": self.covariance_PP.contiguous(), **self.feature_map.tensors()}
-        content: bytes = save(tensors, metadata={"about": json.dumps(self.about, sort_keys=True)})
-        return content
-
-    @property
-    def id(self) -> str:
-        """SHA-256 of the saved file."""
-        return hashlib.sha256(self._bytes).hexdigest()
-
-    def save(self, path: Path) -> None:
-        """Write one safetensors file, atomically."""
-        files.replace(path, self._bytes)
+    def tensors(self) -> dict[str, Tensor]:
+        """Map, weights and covariance."""
+        return {"weights": self.weights_P, "covariance": self.covariance_PP, **self.feature_map.tensors()}
 
     @classmethod
     def from_tensors(cls, about: dict[str, object], tensors: dict[str, Tensor]) -> RidgeModel:
