@@ -7,7 +7,6 @@ attestation `evaluation`, which the gates judge, and the details that only the r
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from feedback.errors import TrainingRefused
-from trainer.held_out import MATCHED_LENGTHS, clustered_mean
+from trainer.held_out import MATCHED_LENGTHS, centred_correlation, clustered_mean, ends
 from trainer.labels import Progress, features_of
 from trainer.reward_model import RewardModel
 from trainer.score import Scorer
@@ -130,8 +129,8 @@ def gain(scores_N: Tensor, other_N: Tensor, samples: int) -> dict[str, float | N
     """Mean over prompts of the difference of mean scores, with the prompt as the unit."""
     gains_P = (scores_N - other_N).reshape(-1, samples).mean(1)
     mean, low, high = clustered_mean(gains_P, torch.arange(len(gains_P)))
-    bounded = math.isfinite(low)
-    return {"mean": mean, "low": low if bounded else None, "high": high if bounded else None, "n": len(gains_P)}
+    low_end, high_end = ends(low, high)
+    return {"mean": mean, "low": low_end, "high": high_end, "n": len(gains_P)}
 
 
 @dataclass(frozen=True)
@@ -246,7 +245,7 @@ def evaluate(
     details: dict[str, Any] = {
         "figures": {name: found.figures for name, found in answers.items()},
         "kl": kl,
-        "length_share_of_score": _correlation(base.lengths_N, base.scores_N, how.samples),
+        "length_share_of_score": _length_correlation(base.lengths_N, base.scores_N, how.samples),
         "samples": how.samples,
         "temperature": how.temperature,
         "examples": [
@@ -273,15 +272,14 @@ def length_matched_win(new: Answers, base: Answers, samples: int) -> dict[str, f
     margin_PSS = new_PS[:, :, None] - base_PS[:, None]
     wins_N = ((margin_PSS > 0).double() + (margin_PSS == 0).double() / 2)[matched_PSS]
     mean, low, high = clustered_mean(wins_N, matched_PSS.nonzero()[:, 0])
-    bounded = math.isfinite(low)
-    return {"value": mean, "low": max(low, 0.0) if bounded else None, "high": min(high, 1.0) if bounded else None, "n": len(wins_N)}
+    low_end, high_end = ends(low, high, 0.0, 1.0)
+    return {"value": mean, "low": low_end, "high": high_end, "n": len(wins_N)}
 
 
-def _correlation(lengths_N: Tensor, scores_N: Tensor, samples: int) -> float:
+def _length_correlation(lengths_N: Tensor, scores_N: Tensor, samples: int) -> float:
     """Within prompts, of length and score among base answers: how much of the reward is length alone."""
     x, y = (v.reshape(-1, samples) - v.reshape(-1, samples).mean(1, keepdim=True) for v in (lengths_N, scores_N))
-    spread = float((x.square().sum() * y.square().sum()).sqrt())
-    return float((x * y).sum()) / spread if spread > 0 else 0.0
+    return centred_correlation(x, y) or 0.0
 
 
 def _probes(candidate: Policy, stable: Policy | None, probes: Sequence[str], how: Sampling) -> list[dict[str, str]]:

@@ -63,6 +63,17 @@ def clustered_mean(values_N: Tensor, clusters_N: Tensor) -> tuple[float, float, 
     return float(mean), float(mean) - half, float(mean) + half
 
 
+def ends(low: float, high: float, least: float = -math.inf, most: float = math.inf) -> tuple[float | None, float | None]:
+    """An interval's, for JSON, which has no infinity: cut to what is possible, None where it has no end."""
+    return (max(low, least), min(high, most)) if math.isfinite(low) and math.isfinite(high) else (None, None)
+
+
+def centred_correlation(x_N: Tensor, y_N: Tensor) -> float | None:
+    """Pearson's, of values less their means. None where one of the two does not vary."""
+    spread = float((x_N.square().sum() * y_N.square().sum()).sqrt())
+    return float((x_N * y_N).sum()) / spread if spread > 1e-12 else None
+
+
 def _accuracy(hits_N: Tensor, clusters_N: Tensor) -> Accuracy | None:
     if len(hits_N) == 0:
         return None
@@ -125,7 +136,7 @@ def likelihood_gain(labels: Labels, chosen: CrossFit) -> Gain:
             gains_R += [gain / rated.count] * rated.count
             prompt_R += [prompt] * rated.count
     mean, low, high = clustered_mean(torch.stack(gains_R), torch.tensor(prompt_R))
-    return Gain(mean, low if np.isfinite(low) else None, high if np.isfinite(high) else None, len(gains_R))
+    return Gain(mean, *ends(low, high), len(gains_R))
 
 
 def unseen_prompts(labels: Labels, chosen: CrossFit) -> Tensor:

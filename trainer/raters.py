@@ -16,7 +16,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from trainer.held_out import NORMAL_95, UnseenRaters, clustered_mean
+from trainer.held_out import NORMAL_95, UnseenRaters, clustered_mean, ends
 from trainer.labels import Labels
 from trainer.likelihood import UP, A, B
 
@@ -81,8 +81,7 @@ def agreement(labels: Labels) -> Agreement:
     same = [[a == b for a, b in combinations(said, 2)] for said in shared.values()]
     shares_N = torch.tensor([sum(each) / len(each) for each in same], dtype=torch.float64)
     mean, low, high = clustered_mean(shares_N, labels.prompts_N[[item[1] for item in shared]])
-    bounded = math.isfinite(low)
-    return Agreement(mean, max(low, 0.0) if bounded else None, min(high, 1.0) if bounded else None, len(shared))
+    return Agreement(mean, *ends(low, high, 0.0, 1.0), len(shared))
 
 
 def repeats(labels: Labels) -> tuple[list[int], list[int]]:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.evaluation import Answers, gain
+from trainer.held_out import centred_correlation
 
 STRIDE = 1_000
 """Between the seeds of one cycle, so that cycles whose own seeds are neighbours share none."""
@@ -39,15 +40,6 @@ class Outcome:
     kl_nats: float
     ended: dict[str, Any]
     """Its `ppo.json`."""
-
-
-def _correlation(x_P: Tensor, y_P: Tensor) -> float | None:
-    """Pearson's; None for fewer than three pairs or where one does not vary."""
-    if len(x_P) < 3:
-        return None
-    x_P, y_P = x_P.double() - x_P.double().mean(), y_P.double() - y_P.double().mean()
-    spread = float((x_P.square().sum() * y_P.square().sum()).sqrt())
-    return float((x_P * y_P).sum()) / spread if spread > 1e-12 else None
 
 
 def gains_apart(first: Answers, other: Answers, base: Answers, samples: int) -> tuple[Tensor, Tensor]:
@@ -83,12 +75,13 @@ def compare(outcomes: Sequence[Outcome], base: Answers, samples: int) -> dict[st
     ]
     against = []
     for other in outcomes[1:]:
-        first_P, other_P = gains_apart(first.answers, other.answers, base, samples)
+        first_P, other_P = pair = gains_apart(first.answers, other.answers, base, samples)
         against.append(
             {
                 "seed": other.seed,
                 "difference": gain(other.answers.scores_N, first.answers.scores_N, samples),
-                "correlation": _correlation(first_P, other_P),
+                # Of two prompts the correlation is 1 or -1 whatever they say.
+                "correlation": centred_correlation(*(x_P.double() - x_P.double().mean() for x_P in pair)) if len(first_P) > 2 else None,
                 "opposite": float(((first_P > 0) != (other_P > 0)).double().mean()),
             }
         )

@@ -10,7 +10,7 @@ import torch
 from rating_world import rated_world
 
 from trainer.config import RewardModelSettings
-from trainer.held_out import calibration, choice_accuracy, held_out, length_share, side_bias, unseen_prompts
+from trainer.held_out import calibration, centred_correlation, choice_accuracy, ends, held_out, length_share, side_bias, unseen_prompts
 from trainer.labels import Thumbs
 from trainer.likelihood import A, B
 from trainer.ridge import cross_validate
@@ -130,3 +130,13 @@ def test_fresh_base_answers_score_zero_on_average() -> None:
     normaliser = Normaliser.fit(Shift(), prompts, torch.randn(6000, 1, generator=g))  # type: ignore[arg-type]
     fresh = Scorer(Shift(), normaliser, clip=9.0).score(prompts[::2], torch.randn(3000, 1, generator=g))  # type: ignore[arg-type]
     assert abs(fresh.mean().item()) < 0.06  # 3 standard errors; uncorrected 0.5·(0.98 - 0.56) = 0.2 below
+
+
+def test_ends_of_an_interval_and_a_correlation_by_hand() -> None:
+    assert ends(-0.1, 0.4, 0.0, 1.0) == (0.0, 0.4) and ends(-0.1, 0.4) == (-0.1, 0.4)
+    assert ends(-math.inf, math.inf, 0.0, 1.0) == (None, None)
+    # (-1, 0, 1)·(-2, 1, 1) = 3; 3 / sqrt(2·6) = sqrt(3)/2.
+    x, y = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([-2.0, 1.0, 1.0])
+    assert centred_correlation(x, y) == pytest.approx(math.sqrt(3) / 2, abs=1e-6)
+    assert centred_correlation(x, -y) == pytest.approx(-math.sqrt(3) / 2, abs=1e-6)
+    assert centred_correlation(x, torch.zeros(3)) is None
