@@ -81,10 +81,12 @@ class Ensemble(ModelFile):
         return cls(FeatureMap.from_tensors(str(about["map"]), tensors), tensors["heads"], adapter, about, policy)
 
 
+@one_thread()
 def fit_ensemble(labels: Labels, settings: RewardModelSettings, chosen: CrossFit, policy: Policy) -> Ensemble | None:
     """The ensemble of these ratings, or None where ridge on frozen features foresees the first fold of prompts better.
 
-    Map and ridge are those of `chosen`. Trains twice: without the first fold of prompts, to compare, and with all.
+    Map and ridge are those of `chosen`. Trains twice: without the first fold of prompts, to compare, and with all. On one thread of a
+    CPU, because more of them add up in another order, and the same ratings shall give the same bytes.
     Raises TrainingRefused where the labels hold no tokens.
     """
     if len(labels.replies) != len(labels.answers) or not labels.replies:
@@ -145,8 +147,7 @@ def _fit(labels: Labels, settings: RewardModelSettings, chosen: CrossFit, policy
     prompts_QZ = prompt_features(labels)
     frozen_map = FeatureMap.fit(chosen.map, labels.features_ND, labels.prompts_N)
     start = build_problem(frozen_map(labels.features_ND), labels, prompts_QZ, settings.max_rater_share)
-    with one_thread():
-        begun = minimise(start, chosen.ridge)
+    begun = minimise(start, chosen.ridge)
     name = "reward_in_training"
     policy.drop_adapter(name)
     policy.add_adapter(name, rank=settings.ensemble_rank, alpha=2 * settings.ensemble_rank, seed=settings.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from trainer.config import RewardModelSettings
 from trainer.ensemble import Ensemble, heads
 from trainer.labels import Labels
 from trainer.policy import Policy
+from trainer.reply import Reply
 from trainer.reward_model import RewardModel, fit, load
 from trainer.ridge import RidgeModel, cross_validate
 from trainer.score import Scorer
@@ -86,6 +88,26 @@ def test_the_same_labels_give_the_same_bytes(kind: str, model: RewardModel, worl
     used = Policy.load(folder)
     used.add_adapter("other", rank=2, alpha=4, seed=3)
     assert fit(world.labels, SETTINGS[kind], policy=used).id == model.id
+
+
+def test_the_number_of_threads_reaches_no_pass_of_a_fit(world: RatedWorld, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Threads add up in another order, in passes larger than the tests'.
+    seen: set[int] = set()
+    hidden = Policy.hidden
+
+    def look(policy: Policy, replies: Sequence[Reply]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        seen.add(torch.get_num_threads())
+        return hidden(policy, replies)
+
+    threads = torch.get_num_threads()
+    chosen, policy = cross_validate(world.labels, ENSEMBLE), Policy.load(folder)
+    monkeypatch.setattr(Policy, "hidden", look)
+    torch.set_num_threads(2)
+    try:
+        fit(world.labels, ENSEMBLE, chosen, policy)
+        assert seen == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_differences_of_mapped_rows_are_differences_of_scores(model: RewardModel, world: RatedWorld) -> None:
