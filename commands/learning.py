@@ -30,14 +30,14 @@ def train(
     plan: Annotated[bool, typer.Option("--plan", help="Say how much memory it would take, on one GPU and on several.")] = False,
 ) -> None:
     """One cycle: snapshot, reward model, PPO, evaluation, candidate. Goes on where a killed one stopped."""
-    if plan:
-        return _plan(settings_from(config_path))
-    if dry_run:
-        _one_process("train --dry-run")
     if int(os.environ.get("RANK", "0")) > 0:  # torchrun started several: the first one has the stores, the others help it
+        if plan or dry_run:
+            return None  # which it says alone
         from trainer.start import follow
 
         return follow()
+    if plan:
+        return _plan(settings_from(config_path))
     with opened(config_path, "trainer") as (settings, stores, registry):
         if dry_run:
             _rehearse(settings, stores, registry, shuffle_labels)

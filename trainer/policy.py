@@ -350,6 +350,9 @@ def _check_head(base: Any, path: Path) -> None:
     ids = torch.tensor([[0, 1]], device=weight_VD.device)
     near = 1e-3 if weight_VD.dtype == torch.float32 else 2e-2
     states = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    if not states.isfinite().all():
+        told = "its states are no finite numbers, so weights are damaged or too large for hardware.dtype; fetch it again or name another"
+        raise InvalidInput(f"policy.base is {str(path)!r}: {told}", field="policy.base")
     if not torch.allclose(base(ids, use_cache=False).logits, states @ weight_VD.T, atol=near, rtol=near):
         raise InvalidInput(
             f"policy.base is {str(path)!r}: logits that are more than states x output embeddings are not supported", field="policy.base"

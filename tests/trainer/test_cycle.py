@@ -28,7 +28,7 @@ from feedback.erasure import Asker
 from feedback.errors import InvalidInput, SnapshotRedacted, TrainingRefused
 from feedback.snapshot import load
 from feedback.stores import open_stores
-from trainer import ppo, processor, start
+from trainer import distributed, ppo, processor, start
 from trainer.config import CycleSettings
 from trainer.cycle import CycleResult, run_cycle
 from trainer.losses import value_loss
@@ -100,6 +100,27 @@ def test_a_finished_cycle_is_found_again(world: tuple[Job, Path], result: CycleR
     again = run_cycle(world[0], SETTINGS, world[1])
     assert again.adapter_id == result.adapter_id and again.evaluation == result.evaluation
     assert {path: path.stat().st_mtime_ns for path in result.folder.iterdir() if path.name != "job.json"} == before
+
+
+@pytest.mark.slow
+def test_with_and_without_a_registry_the_first_process_is_asked_as_often(
+    world: tuple[Job, Path], result: CycleResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or several processes of one cycle, of which the first one has the registry, would hear answers to other questions."""
+    asked: list[object] = []
+    whole = distributed.from_first
+
+    def counting(value: object) -> object:
+        asked.append(value)
+        return whole(value)
+
+    monkeypatch.setattr(distributed, "from_first", counting)
+    stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=tmp_path)))
+    run_cycle(world[0], SETTINGS, world[1], registry=Registry(stores.engine))
+    stores.close()
+    with_one = len(asked)
+    run_cycle(world[0], SETTINGS, world[1])
+    assert len(asked) == 2 * with_one
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from learning_policy import ask, learning_policy
+from safetensors.torch import load_file, save_file
 
 from feedback.errors import InvalidInput, TrainingRefused
 from trainer.generation import draw
@@ -249,3 +250,14 @@ def test_another_adapter_leaves_the_policy_and_the_reference_alone(policy: Polic
     policy.save(tmp_path / "beside")
     name = "adapter_model.safetensors"
     assert (tmp_path / "beside" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    folder = learning_policy(tmp_path / "policy")
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(InvalidInput, match="its states are no finite numbers, so weights are damaged"):
+        Policy.load(folder)

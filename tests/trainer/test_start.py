@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from cycle_world import SETTINGS, make_job
+from typer.testing import CliRunner
 
+import plaudit
 from deploy.config import PolicySettings
 from deploy.registry import Registry
 from feedback.config import FeedbackSettings, Settings
@@ -61,3 +63,14 @@ def test_a_second_trainer_on_the_same_folder_is_refused(world: tuple[Path, Store
     monkeypatch.setattr(start, "run_cycle", meanwhile)
     with pytest.raises(Conflict, match="another process trains there now; wait until its cycle has ended"):
         learn(world)
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--plan"])
+def test_of_several_processes_the_first_one_looks_beforehand_and_the_others_end(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    def wait() -> None:
+        raise AssertionError("it would wait for work that never comes")
+
+    monkeypatch.setattr(start, "follow", wait)
+    monkeypatch.setenv("RANK", "1")
+    done = CliRunner().invoke(plaudit.app, ["train", option])
+    assert (done.exit_code, done.output) == (0, "")
