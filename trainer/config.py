@@ -12,8 +12,8 @@ from deploy.config import EngineSettings
 from feedback.config import Section
 from feedback.errors import ConfigError
 
-MAX_SEED = 1_000_000
-"""A rollout server's seeds are this one times 10^12 and more, in 63 bits."""
+MAX_SEED = 2**32 - 1
+"""A date is one. Streams of random numbers are drawn with this one times 10^6 and more, in 63 bits."""
 
 
 class RewardModelSettings(Section):

@@ -16,7 +16,7 @@ from feedback.errors import ConfigError
         ("REWARD_MODEL__RIDGES", "[1.0]", "reward_model.ridges.*at least 2"),
         ("REWARD_MODEL__RIDGES", "[-1.0, 1.0]", "reward_model.ridges.0.*greater than 0, got -1.0"),
         ("REWARD_MODEL__RIDGES", "[3.0, 1.0]", r"reward_model.ridges is \[3.0, 1.0\], which does not ascend"),
-        ("REWARD_MODEL__SEED", "10000000000000000000", "reward_model.seed.*less than or equal to 1000000"),
+        ("REWARD_MODEL__SEED", "10000000000000000000", "reward_model.seed.*less than or equal to 4294967295"),
         ("CYCLE__SEED", "-1", "cycle.seed.*greater than or equal to 0"),
         ("PPO__LEARNING_RATE", "inf", "ppo.learning_rate.*finite"),
         ("PPO__KL_TARGET_NATS", "inf", "ppo.kl_target_nats.*finite"),
@@ -31,3 +31,8 @@ def test_nonsense_is_refused_by_name_and_limit(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv(f"PLAUDIT__{name}", value)
     with pytest.raises(ConfigError, match=told):
         load(Settings)
+
+
+def test_a_date_is_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLAUDIT__CYCLE__SEED", "20261124")
+    assert load(Settings).cycle.seed == 20_261_124
