@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.config import RewardModelSettings
 from trainer.labels import Answer, Choices, Labels, Thumbs
 from trainer.likelihood import BOTH_BAD
 from trainer.policy import Policy
 from trainer.reply import Reply
 
 PROMPTS, PER_PROMPT, WIDTH, RATERS = 24, 8, 24, 12
+QUICK = RewardModelSettings(ridges=(0.3, 3.0), folds=3, grid_extensions=2)
+LINEAR = QUICK.model_copy(update={"maps": ("linear",)})
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rating_world import rated_world
+from rating_world import LINEAR, RATERS, rated_world
 
 from trainer.config import RewardModelSettings
-from trainer.held_out import calibration, centred_correlation, choice_accuracy, ends, held_out, length_share, side_bias, unseen_prompts
-from trainer.labels import Thumbs
+from trainer.held_out import (
+    BLIND_RIDGE,
+    Gain,
+    calibration,
+    centred_correlation,
+    choice_accuracy,
+    clustered_mean,
+    ends,
+    held_out,
+    length_share,
+    likelihood_gain,
+    side_bias,
+    unseen_prompts,
+    unseen_raters,
+)
+from trainer.labels import Labels, Thumbs
 from trainer.likelihood import A, B
 from trainer.ridge import cross_validate
 from trainer.score import Normaliser, Scorer
@@ -140,3 +154,38 @@ def test_ends_of_an_interval_and_a_correlation_by_hand() -> None:
     assert centred_correlation(x, y) == pytest.approx(math.sqrt(3) / 2, abs=1e-6)
     assert centred_correlation(x, -y) == pytest.approx(-math.sqrt(3) / 2, abs=1e-6)
     assert centred_correlation(x, torch.zeros(3)) is None
+
+
+def test_held_out_accuracy_of_prompts_raters_and_length() -> None:
+    labels = rated_world(8).labels
+    chosen = cross_validate(labels, LINEAR)
+    found = held_out(labels, chosen, unseen_raters(labels, LINEAR, chosen))
+    prompts, raters, length = found["prompts"], found["raters"], found["length"]
+    assert prompts is not None and raters is not None and length is not None
+    assert prompts.low > 0.5 and raters.low > 0.5
+    assert raters.clusters <= RATERS
+    assert 0.5 < length.value < prompts.value
+
+
+def test_clustered_interval_by_hand() -> None:
+    # Clusters (1, 1), (0, 0): mean 1/2; residual sums 1 and -1; variance 2/1·2/4² = 1/4, so sd 1/2; t's quantile
+    # with one degree of freedom is tan(0.475·pi) = 12.706205.
+    mean, low, high = clustered_mean(torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([5, 5, 9, 9]))
+    assert (mean, high - mean, mean - low) == pytest.approx((0.5, 6.3531024, 6.3531024))
+    assert clustered_mean(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))[1] == -math.inf
+
+
+def test_the_likelihood_gain_tells_ratings_from_noise() -> None:
+    def gain(some: Labels, settings: RewardModelSettings = LINEAR) -> Gain:
+        return likelihood_gain(some, cross_validate(some, settings))
+
+    labels = rated_world(3).labels
+    real, noise = gain(labels), gain(labels.shuffled(0))
+    assert real.n == noise.n == labels.count
+    assert real.low is not None and real.low > 0
+    assert noise.low is not None and noise.low < 0
+    # Without a score there is nothing to gain.
+    blind = RewardModelSettings(maps=("linear",), ridges=(BLIND_RIDGE, BLIND_RIDGE), folds=3, grid_extensions=0)
+    assert gain(labels, blind).mean == pytest.approx(0.0, abs=1e-6)
+    one = labels.where_prompt(torch.arange(int(labels.prompts_N.max()) + 1) == 0)
+    assert gain(one).low is None
