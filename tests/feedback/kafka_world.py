@@ -1,14 +1,15 @@
-"""What the tests of Kafka share: settings for a topic of their own, somebody who waits, and somebody who changes the topic."""
+"""What the tests of Kafka share: settings for a topic of their own, and somebody who changes the topic."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from deploy.broker import Broker
 from feedback.archive import Archive
@@ -46,13 +47,6 @@ def broker_away(broker: Broker) -> Iterator[None]:
         yield
     finally:
         broker.start()
-
-
-def until(true: Callable[[], object], within_s: float = 30) -> None:
-    deadline = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.02)
 
 
 def archived(settings: KafkaSettings, folder: Path) -> list[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from feedback_world import answered, rating
-from kafka_world import MARKS, a_topic, stores_with, until
+from kafka_world import MARKS, a_topic, stores_with
+from waiting import until
 
 from deploy.broker import Broker
 from feedback import backup, erasure, restore

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from feedback_world import rating
-from kafka_world import MARKS, a_topic, archived, in_topic, until
+from kafka_world import MARKS, a_topic, archived, in_topic
+from waiting import until
 
 from deploy.broker import Broker
 from feedback.archive import Archive

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from feedback_world import rating
-from kafka_world import MARKS, Hand, a_topic, broker_away, stores_with, until
+from kafka_world import MARKS, Hand, a_topic, broker_away, stores_with
+from waiting import until
 
 from deploy.broker import Broker
 from feedback.archive import Archive

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from feedback_world import rating
-from kafka_world import MARKS, Hand, a_topic, archived, broker_away, in_topic, stores_with, until
+from kafka_world import MARKS, Hand, a_topic, archived, broker_away, in_topic, stores_with
+from waiting import until
 
 from deploy.broker import Broker
 from deploy.process import free_port

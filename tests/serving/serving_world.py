@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import httpx2
+from waiting import until
 
 from benchmarks.gateway import listening
 from deploy.config import PolicySettings
@@ -78,8 +78,8 @@ class World:
         self.routes.broken = False
         self.routes.table = RoutingTable(version=1, stable=STABLE)
         route = self.app.state.gateway.route
-        eventually(lambda: route.fresh and route.current().version == 1)
-        eventually(lambda: not self.app.state.gateway.tasks)
+        until(lambda: route.fresh and route.current().version == 1)
+        until(lambda: not self.app.state.gateway.tasks)
         self.seen += len(self.events())
         return self
 
@@ -108,14 +108,6 @@ class World:
 
     def finished(self) -> list[InteractionFinished]:
         return [event for event in self.events() if isinstance(event, InteractionFinished)]
-
-
-def eventually(what: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Wait for a state."""
-    end = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < end, "the awaited state did not come"
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from serving_world import MODEL, World, echo, eventually, said, serve, sse
+from serving_world import MODEL, World, echo, said, serve, sse
+from waiting import until
 
 from deploy.engine import Scripted
 from feedback.errors import EngineRefused, NotDurable
@@ -242,7 +243,7 @@ def test_a_full_disk_refuses_the_chat(world: World, monkeypatch: pytest.MonkeyPa
     break_log(world, monkeypatch, "interaction.started")
     reply = world.chat("hi", stream=True)
     assert (reply.status_code, reply.headers["retry-after"], reply.json()["error"]["code"]) == (503, "7", "not_durable")
-    eventually(lambda: world.engine.streams_open == 0)
+    until(lambda: world.engine.streams_open == 0)
 
 
 def test_a_full_disk_at_the_end_is_said_instead_of_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,8 +282,8 @@ def test_a_client_that_leaves_ends_the_generation_and_is_recorded(tmp_path: Path
         read_until(link, b'" word"')  # the second one
         assert world.engine.streams_open == 1
         link.close()
-        eventually(lambda: world.engine.streams_open == 0, timeout_s=1.5)
-        eventually(lambda: len(world.finished()) == 1)
+        until(lambda: world.engine.streams_open == 0, within_s=1.5)
+        until(lambda: len(world.finished()) == 1)
         (finished,) = world.finished()
         assert finished.finish_reason == "client_closed"
         assert finished.sealed and world.stores.subjects.open(finished.sealed, FinishedText).answer.startswith("word word")
@@ -294,8 +295,8 @@ def test_a_client_that_leaves_an_unstreamed_answer_ends_the_generation(tmp_path:
         with pytest.raises(httpx2.ReadTimeout), world.client() as client:
             body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
             client.post("/v1/chat/completions", json=body, timeout=0.3)
-        eventually(lambda: world.engine.streams_open == 0, timeout_s=1.5)
-        eventually(lambda: [event.finish_reason for event in world.finished()] == ["client_closed"])
+        until(lambda: world.engine.streams_open == 0, within_s=1.5)
+        until(lambda: [event.finish_reason for event in world.finished()] == ["client_closed"])
 
 
 def test_an_engine_that_is_away(world: World) -> None:
@@ -316,7 +317,7 @@ def test_an_engine_that_breaks_off_says_so_in_the_stream(tmp_path: Path) -> None
         engine.up = False
         got = read_until(link, b'"error"')
         assert b"[DONE]" not in got
-        eventually(lambda: [event.finish_reason for event in world.finished()] == ["error"])
+        until(lambda: [event.finish_reason for event in world.finished()] == ["error"])
         link.close()
 
 
@@ -345,16 +346,16 @@ def test_busy(tmp_path: Path) -> None:
         reply = world.chat("hi")
         assert reply.status_code == 503 and reply.headers["retry-after"] == "1" and "max_streams" in reply.json()["error"]["message"]
         link.close()
-        eventually(lambda: world.app.state.gateway.streams == 0)
+        until(lambda: world.app.state.gateway.streams == 0)
 
 
 def test_stale_routes_serve_stable_only(world: World) -> None:
     world.routes.with_canary(weight=0.5)
-    eventually(lambda: world.app.state.gateway.route.current().version == 2)
+    until(lambda: world.app.state.gateway.route.current().version == 2)
     voices = {world.chat("hi", user=f"u{n}").json()["choices"][0]["message"]["content"] for n in range(30)}
     assert voices == {"old heard hi", "new heard hi"}
     world.routes.broken = True
-    eventually(lambda: not world.app.state.gateway.route.fresh)
+    until(lambda: not world.app.state.gateway.route.fresh)
     assert {world.chat("hi", user=f"u{n}").json()["choices"][0]["message"]["content"] for n in range(30)} == {"old heard hi"}
     with world.client() as client:
         ready = client.get("/readyz")
@@ -363,7 +364,7 @@ def test_stale_routes_serve_stable_only(world: World) -> None:
 
 def test_people_stay_with_their_adapter(world: World) -> None:
     world.routes.with_canary(weight=0.5)
-    eventually(lambda: world.app.state.gateway.route.current().version == 2)
+    until(lambda: world.app.state.gateway.route.current().version == 2)
     for name in ("ann", "bob", "eve"):
         assert len({world.chat("hi", user=name).json()["choices"][0]["message"]["content"] for _ in range(4)}) == 1
     assert {event.propensity for event in world.started()} == {0.5}

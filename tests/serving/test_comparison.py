@@ -13,7 +13,8 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_world import CANARY, MODEL, STABLE, World, eventually, said, serve, sse
+from serving_world import CANARY, MODEL, STABLE, World, said, serve, sse
+from waiting import until
 
 from deploy.engine import Scripted
 from deploy.routing import RoutingTable, assign
@@ -127,7 +128,7 @@ def pair_people(world: World, count: int) -> list[str]:
 
 def test_what_a_client_gets_does_not_tell_the_sides(world: World) -> None:
     world.routes.with_canary(weight=0.3)
-    eventually(lambda: world.app.state.gateway.route.current().version == 2)
+    until(lambda: world.app.state.gateway.route.current().version == 2)
     shapes: dict[str, list[Any]] = {"canary": [], "baseline": []}
     for person in pair_people(world, 6):
         reply = world.chat("hi", compare=True, stream=True, user=person)
@@ -158,7 +159,7 @@ def one_fails(name: str, messages: Sequence[Mapping[str, Any]]) -> str:
 def test_a_side_that_fails_leaves_one_ordinary_answer(tmp_path: Path) -> None:
     with serve(tmp_path, engine=Scripted(one_fails)) as world:
         world.routes.with_canary(weight=0.5)
-        eventually(lambda: world.app.state.gateway.route.current().version == 2)
+        until(lambda: world.app.state.gateway.route.current().version == 2)
         reply = world.chat("hi", compare=True, user="ann").json()
         assert [choice["message"]["content"] for choice in reply["choices"]] == ["all is well"]
         assert set(reply["plaudit"]) == {"interaction_id", "token"}
@@ -184,7 +185,7 @@ class BreaksOff(Scripted):
 def test_a_side_that_breaks_off_voids_the_comparison(tmp_path: Path, stream: bool) -> None:
     with serve(tmp_path, engine=BreaksOff(lambda name, messages: "one two three four", token_s=0.01)) as world:
         world.routes.with_canary(weight=0.5)
-        eventually(lambda: world.app.state.gateway.route.current().version == 2)
+        until(lambda: world.app.state.gateway.route.current().version == 2)
         reply = world.chat("hi", compare=True, user="ann", stream=stream)
         sides = {event.arm: index for index, event in enumerate(world.started())}
         if stream:

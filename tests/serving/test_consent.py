@@ -9,7 +9,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from serving_world import MODEL, World, eventually, serve
+from serving_world import MODEL, World, serve
+from waiting import until
 
 from deploy.engine import Scripted
 from feedback import audit
@@ -187,7 +188,7 @@ def test_an_answer_in_flight_leaves_nothing_under_the_new_key(tmp_path: Path) ->
         assert not ended.is_set()
         thread.join(30)
         assert "data: [DONE]" in got  # who reads it notices nothing
-        eventually(lambda: not world.app.state.gateway.tasks)
+        until(lambda: not world.app.state.gateway.tasks)
         (finished,) = world.finished()
         assert finished.interaction_id != first.interaction_id and finished.sealed
         assert world.stores.subjects.open(finished.sealed, FinishedText).answer == "quick"

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from serving_world import World, eventually, serve
+from serving_world import World, serve
+from waiting import until
 
 from feedback.config import FeedbackSettings, Settings
 from feedback.errors import ConfigError, NotDurable
@@ -118,7 +119,7 @@ def test_a_full_disk_with_best_effort_answers_without_a_token(disk: tuple[Path, 
         assert reply.status_code == 200 and "plaudit-feedback-token" not in reply.headers
         assert reply.headers["plaudit-recorded"] == "false"
         filler.unlink()
-        eventually(lambda: "plaudit-feedback-token" in world.chat(user="ann").headers)
+        until(lambda: "plaudit-feedback-token" in world.chat(user="ann").headers)
     assert_whole(place)
 
 

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from test_commands import SETTINGS, run, start
+from waiting import until
 
 from deploy import broker
 from deploy.broker import Broker
@@ -72,10 +72,7 @@ def test_what_is_said_goes_through_kafka_and_counts(kafka: Broker, tmp_path: Pat
         given = httpx2.post(f"{url}/v1/feedback", json={"kind": "rating", "value": "up"}, headers=token, timeout=30)
         assert (given.status_code, given.json()["durable"]) == (200, "broker")
         archive = Archive(tmp_path / "data/archive.sqlite")
-        deadline = time.monotonic() + 30
-        while archive.counts().get("held:rating") != 1:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: archive.counts().get("held:rating") == 1)
         archive.close()
         measured = httpx2.get(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"}).text
         assert "plaudit_relay_pending 0.0" in measured and "plaudit_dead_letters 0.0" in measured

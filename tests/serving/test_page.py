@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from serving_world import World, eventually, serve
+from serving_world import World, serve
+from waiting import until
 
 from deploy.engine import Scripted
 from feedback.events import FeedbackGiven
@@ -94,14 +95,14 @@ def test_chat_and_rate_with_one_click(browser: Browser, world: World) -> None:
     assert (rating.value, rating.reasons) == ("up", ())
     assert good.get_attribute("aria-pressed") == "true"
     shown.get_by_role("button", name="clear").click()
-    eventually(lambda: [event.reasons for event in given(world)] == [(), ("clear",)])
+    until(lambda: [event.reasons for event in given(world)] == [(), ("clear",)])
     picture(shown, "rated")
     shown.keyboard.press("d")  # the focus is on a chip: keys work outside the message field
-    eventually(lambda: given(world)[-1].value == "down")
+    until(lambda: given(world)[-1].value == "down")
     shown.reload()
     not_good = shown.get_by_role("button", name="Not good")
     not_good.wait_for()
-    eventually(lambda: not_good.get_attribute("aria-pressed") == "true")
+    until(lambda: not_good.get_attribute("aria-pressed") == "true")
     assert shown.problems == []
 
 
@@ -111,7 +112,7 @@ def test_a_comparison_by_keyboard(browser: Browser, world: World) -> None:
     ask(shown, "Tell me something.")
     choose = shown.get_by_role("button", name="B is better")
     assert choose.is_disabled()
-    eventually(lambda: choose.is_enabled())
+    until(lambda: choose.is_enabled())
     picture(shown, "comparison")
     shown.keyboard.press("Escape")
     shown.keyboard.press("b")
@@ -156,7 +157,7 @@ def test_a_narrow_screen_does_not_scroll_sideways(browser: Browser, world: World
     options = {"viewport": {"width": 320, "height": 640}, "color_scheme": scheme}
     shown = open_page(browser, world, share=1.0, **options)
     ask(shown, "A-very-long-word-" * 10)
-    eventually(lambda: shown.get_by_role("button", name="Tie").is_enabled())
+    until(lambda: shown.get_by_role("button", name="Tie").is_enabled())
     picture(shown, f"narrow-{scheme}")
     assert shown.evaluate("document.documentElement.scrollWidth") <= 320
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from serving_world import MODEL, World, eventually, serve, sse
+from serving_world import MODEL, World, serve, sse
+from waiting import until
 
 from deploy.engine import Scripted
 from feedback.events import FeedbackGiven, FeedbackText, SubjectErased, new_id
@@ -226,4 +227,4 @@ def test_scopes(world: World) -> None:
         reply = client.post("/v1/chat/completions", json=asked, headers={"Authorization": f"Bearer {other}"})
         assert reply.status_code == 403 and "chat" in reply.json()["error"]["message"]
         assert client.post("/v1/chat/completions", json=asked).status_code == 401
-    eventually(lambda: world.events() == [])
+    until(lambda: world.events() == [])

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from serving_world import MODEL, World, eventually, said, serve, sse
+from serving_world import MODEL, World, said, serve, sse
+from waiting import until
 
 from deploy.engine import VLLM
 from serving.config import RecordSettings
@@ -130,7 +131,7 @@ def test_a_server_that_talks_nonsense_breaks_the_answer_off_instead_of_leaving_i
     events = sse(world.chat("hi", stream=True).text)
     assert said(events[:-1]) == "one " and events[-1]["error"]["code"] == "engine_unavailable"
     assert world.finished()[0].finish_reason == "error"
-    eventually(lambda: world.app.state.gateway.streams == 0)  # given back once the connection is closed, after the last byte
+    until(lambda: world.app.state.gateway.streams == 0)  # given back once the connection is closed, after the last byte
 
 
 def test_logprobs_are_shown_to_whoever_asks(world: World) -> None:
@@ -143,8 +144,8 @@ def test_a_client_that_leaves_closes_the_upstream_request(world: World, upstream
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": True}
     with world.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as reply:
         next(reply.iter_raw())
-    eventually(lambda: upstream.aborted == 1, timeout_s=1.5)
-    eventually(lambda: [event.finish_reason for event in world.finished()] == ["client_closed"])
+    until(lambda: upstream.aborted == 1, within_s=1.5)
+    until(lambda: [event.finish_reason for event in world.finished()] == ["client_closed"])
 
 
 def test_a_server_that_dies_in_the_middle(world: World, upstream: Upstream) -> None:

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
-from serving_world import MODEL, World, eventually, serve
+from serving_world import MODEL, World, serve
+from waiting import until
 
 from deploy.engine import Scripted
 from feedback.config import LimitSettings
@@ -62,7 +63,7 @@ def test_the_same_rating_many_times_at_once_is_one_change(world: World) -> None:
         assert {reply.status_code for reply in replies} == {200}
         assert len({reply.json()["feedback_id"] for reply in replies}) == 1
         assert len(given(world, receipt["interaction_id"])) == 1
-    eventually(lambda: not world.app.state.gateway.speaking)
+    until(lambda: not world.app.state.gateway.speaking)
 
 
 def test_streams_of_one_person_and_of_one_key_end_before_others_begin(world: World) -> None:
@@ -74,12 +75,12 @@ def test_streams_of_one_person_and_of_one_key_end_before_others_begin(world: Wor
 
     with httpx2.Client(base_url=world.url, timeout=10) as client, ThreadPoolExecutor(2) as pool:
         running = [pool.submit(ask, user, client) for user in ("eve", "fay")]
-        eventually(lambda: len(world.app.state.gateway.in_flight._open) == 3)  # the key and two people
+        until(lambda: len(world.app.state.gateway.in_flight._open) == 3)  # the key and two people
         by_person, by_key = world.chat(user="eve"), world.chat(user="gus")
         assert [by_person.status_code, by_key.status_code] == [429, 429]
         assert by_key.json()["error"]["param"] == "limits.streams_per_key" and by_key.headers["retry-after"] == "1"
         assert [each.result().status_code for each in running] == [200, 200]
-    eventually(lambda: not world.app.state.gateway.in_flight._open)
+    until(lambda: not world.app.state.gateway.in_flight._open)
     assert world.chat(user="eve").status_code == 200
 
 
