@@ -133,6 +133,12 @@ def test_contestants_must_have_taken_as_many_steps(tmp_path: Path) -> None:
     one = {"updates": 4.0, "samples_per_s": 1.0, "memory_mb": 100.0}
     ppo.check_speed(report, dict.fromkeys(ppo.CONTESTANTS, one) | {"TRL PPO": {**one, "updates": 2.0}})
     assert report.checks[0]["ok"] is False
+    assert len(report.checks) == 7
+    # A quick run has two contestants, and compares those.
+    quick = Report("ppo", seed=0, rooms=(), folder=tmp_path)
+    ppo.check_speed(quick, dict.fromkeys(ppo.QUICK_RACERS, one))
+    told = ["samples/s, head critic, another algorithm, over TRL's PPO", "peak memory above the imports, head critic, over TRL's PPO"]
+    assert [check["what"] for check in quick.checks[1:]] == told
 
 
 def test_the_table_of_reward_models_has_seconds_and_memory_of_each() -> None:
