@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from examples import load
-from examples.base import Choice, Example, Rater, Thumb
-from examples.concierge.world import TIE, Guest, Taste, admissible, calibrated, middling
+from examples.base import Choice, Example, Rater, Thumb, noisy_choice, noisy_thumb
+from examples.concierge.world import Guest, Taste, admissible, calibrated, middling
 from examples.smollm2.raters import traits
 
 SIDES = ("P", "Q")
@@ -96,20 +96,10 @@ class Reader:
         return SUBSTANCE * (min(seen.named, 0.75) - seen.repeats) + sum(w * s for w, s in zip(self.weights, style, strict=True))
 
     def thumb(self, prompt: str, answer: str, finished: bool, rng: np.random.Generator) -> Thumb | None:
-        """Every tenth time none, because people do not always bother."""
-        if rng.random() < 0.1:
-            return None
-        return "up" if self.utility(prompt, answer, finished) + rng.logistic() > self.strictness else "down"
+        return noisy_thumb(self.utility(prompt, answer, finished), self.strictness, rng)
 
     def choose(self, prompt: str, a: str, b: str, finished_a: bool, finished_b: bool, rng: np.random.Generator) -> Choice:
-        """Bradley-Terry; a tie when too close to tell, both bad when even the better one is far below a thumb up."""
-        utilities = self.utility(prompt, a, finished_a), self.utility(prompt, b, finished_b)
-        if max(utilities) + rng.logistic() < self.strictness - 3.0:
-            return "both_bad"
-        difference = utilities[0] - utilities[1] + rng.logistic()
-        if abs(difference) < TIE:
-            return "tie"
-        return "a" if difference > 0 else "b"
+        return noisy_choice((self.utility(prompt, a, finished_a), self.utility(prompt, b, finished_b)), self.strictness, rng)
 
 
 def smollm2(seed: int) -> Sides:

@@ -37,6 +37,27 @@ class Rater(Protocol):
         """How much this person likes the answer, without noise; the scale is that of a Bradley-Terry logit."""
 
 
+TIE = 0.2
+"""Two answers whose utilities differ by less, noise included, are called equal."""
+
+
+def noisy_thumb(utility: float, strictness: float, rng: np.random.Generator) -> Thumb | None:
+    """A thumb that is as likely up as down at this strictness. Every tenth time none, because people do not always bother."""
+    if rng.random() < 0.1:
+        return None
+    return "up" if utility + rng.logistic() > strictness else "down"
+
+
+def noisy_choice(utilities: tuple[float, float], strictness: float, rng: np.random.Generator) -> Choice:
+    """Bradley-Terry; a tie when too close to tell, both bad when even the better one is far below a thumb up."""
+    if max(utilities) + rng.logistic() < strictness - 3.0:
+        return "both_bad"
+    difference = utilities[0] - utilities[1] + rng.logistic()
+    if abs(difference) < TIE:
+        return "tie"
+    return "a" if difference > 0 else "b"
+
+
 @dataclass(frozen=True)
 class FactItem:
     """A question whose right answer is known. The distractors are the same sentence with another thing's value."""

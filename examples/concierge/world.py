@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from examples.base import Choice, Thumb
+from examples.base import Choice, Thumb, noisy_choice, noisy_thumb
 from examples.concierge import corpus
 from examples.concierge.town import questions
 
@@ -27,8 +27,6 @@ POLICY = Path(__file__).parent / "policy"
 AGREEMENT = 0.775
 RATERS = 24
 COHORTS = ("locals", "tourists")
-TIE = 0.2
-"""Two answers whose utilities differ by less, noise included, are called equal."""
 
 
 def _any(texts: list[str]) -> Callable[[str], float]:
@@ -147,20 +145,10 @@ class Guest:
         return self.taste(look(prompt, answer, finished))
 
     def thumb(self, prompt: str, answer: str, finished: bool, rng: np.random.Generator) -> Thumb | None:
-        """Every tenth time none, because people do not always bother."""
-        if rng.random() < 0.1:
-            return None
-        return "up" if self.utility(prompt, answer, finished) + rng.logistic() > self.strictness else "down"
+        return noisy_thumb(self.utility(prompt, answer, finished), self.strictness, rng)
 
     def choose(self, prompt: str, a: str, b: str, finished_a: bool, finished_b: bool, rng: np.random.Generator) -> Choice:
-        """Bradley-Terry; a tie when too close to tell, both bad when even the better one is far below a thumb up."""
-        utilities = self.utility(prompt, a, finished_a), self.utility(prompt, b, finished_b)
-        if max(utilities) + rng.logistic() < self.strictness - 3.0:
-            return "both_bad"
-        difference = utilities[0] - utilities[1] + rng.logistic()
-        if abs(difference) < TIE:
-            return "tie"
-        return "a" if difference > 0 else "b"
+        return noisy_choice((self.utility(prompt, a, finished_a), self.utility(prompt, b, finished_b)), self.strictness, rng)
 
 
 class World:
