@@ -61,7 +61,6 @@ EVERY = 4
 """Gold is measured at every fourth step of the long runs, and where something ends."""
 GOLD_SAMPLES = 16
 """Answers to each held-out prompt that gold is measured on; all checkpoints of a world are measured with the same seed."""
-CLIP = 4.0
 COLUMNS = ("score", "stop_score", "kl_nats", "reply_tokens", "finished")
 
 
@@ -151,20 +150,6 @@ class Town:
 
     def _scorer(self, model: RewardModel, clip: float) -> Scorer:
         return Scorer.fit(model, *self.base, clip)
-
-    def known(self) -> Score:
-        """The hidden preference as a reward: the prompt's own zero and one unit for all, as the reward model's scores have."""
-        replies, _ = self.base
-        texts = {reply.prompt: prompt for reply, prompt in zip(replies[::4], self.example.prompts, strict=True)}
-        by_prompt_QS = self.judge.utilities([texts[reply.prompt] for reply in replies], replies).reshape(-1, 4)
-        unit = by_prompt_QS.var(1).mean().sqrt()
-        zeros = {reply.prompt: mean for reply, mean in zip(replies[::4], by_prompt_QS.mean(1), strict=True)}
-
-        def score(replies: list[Reply], _: Tensor) -> Tensor:
-            raw_B = self.judge.utilities([texts[reply.prompt] for reply in replies], replies)
-            return ((raw_B - torch.stack([zeros[reply.prompt] for reply in replies])) / unit).clamp(-CLIP, CLIP)
-
-        return score
 
     def climb(
         self, score: Score, stop: Scorer | None, settings: PPOSettings, *, every: int = EVERY, start: Adapter | None = None
@@ -268,7 +253,7 @@ def outside(seed: int, comparisons: int) -> dict[str, Any]:
     """Two rounds, the variants of the second, and the best that can be reached."""
     town = Town(seed, "outside")
     wide, wider = (ppo(iterations=LONG, kl_target_nats=nats) for nats in (WIDE_NATS, 2 * WIDE_NATS))
-    known, _ = town.climb(town.known(), None, wide)
+    known, _ = town.climb(town.judge.reward(seed)[0], None, wide)
     of_base = town.rated(comparisons, 1, reference=True)
     first, adapter = town.climb(*town.rewards(of_base), wide)
     town.policy.restore(adapter)
