@@ -19,7 +19,7 @@ MAX_SEED = 2**32 - 1
 class RewardModelSettings(Section):
     """How what people said becomes a score."""
 
-    maps: tuple[Literal["linear", "quadratic"], ...] = Field(default=("linear", "quadratic"), min_length=1)
+    maps: tuple[Literal["last", "linear", "quadratic"], ...] = Field(default=("last", "linear", "quadratic"), min_length=1)
     """Feature maps that are compared by held-out likelihood."""
     ridges: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), min_length=2)
     """Ascending variances of the score under the prior that are compared; the grid grows by itself while its edge is the best."""

@@ -117,12 +117,12 @@ def fit_ensemble(labels: Labels, settings: RewardModelSettings, chosen: CrossFit
 
 @torch.no_grad()
 def _read(policy: Policy, name: str, replies: Sequence[Reply]) -> Tensor:
-    """The backbone's final state after each reply's last token, with this adapter on; B x D."""
-    last_BD = torch.zeros(len(replies), policy.hidden_size)
+    """What `hidden` gives of each reply with this adapter on; B x F."""
+    features_BF = torch.zeros(len(replies), policy.feature_size)
     with policy.using(name):
         for group in by_tokens(replies, GROUP_TOKENS):
-            last_BD[torch.tensor(group)] = policy.hidden([replies[i] for i in group])[2].cpu()
-    return last_BD
+            features_BF[torch.tensor(group)] = policy.hidden([replies[i] for i in group])[2].cpu()
+    return features_BF
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,9 @@ def _one_epoch(policy: Policy, name: str, problem: Problem, feature_map: Feature
             choices, thumbs = part.labels.choices, part.labels.thumbs
             used = sorted({*choices.first.tolist(), *choices.second.tolist(), *thumbs.answers.tolist()})
             with policy.using(name):
-                last_BD = policy.hidden([problem.labels.replies[i] for i in used])[2].cpu()
+                features_BF = policy.hidden([problem.labels.replies[i] for i in used])[2].cpu()
             scores_N = torch.zeros(len(problem.mapped_NP), dtype=torch.float64)
-            scores_N = scores_N.index_put((torch.tensor(used),), feature_map(last_BD) @ parameters.weights_P)
+            scores_N = scores_N.index_put((torch.tensor(used),), feature_map(features_BF) @ parameters.weights_P)
             loss = part.loss(parameters, scores_N=scores_N) / ratings
             loss.backward()  # type: ignore[no-untyped-call]
         if not all(bool(torch.isfinite(weight.grad).all()) for weight in weights if weight.grad is not None):

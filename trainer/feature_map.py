@@ -1,6 +1,7 @@
 """From the backbone's features to those in which a score is linear.
 
-`linear` standardises; `quadratic` adds squares and products of the strongest directions, so that a preference with an
+Features are the state after a reply's last token and the mean of all its states. `last` standardises the first half, `linear`
+both; `quadratic` adds squares and products of the strongest directions, so that a preference with an
 optimum in the middle ("about three sentences") can be learned. Which one is used is decided by held-out likelihood.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KINDS = ("linear", "quadratic")
+KINDS = ("last", "linear", "quadratic")
 LEAST_WITHIN = 0.1
 """A feature's sd within prompts is taken for at least this share of its whole sd. Where few prompts have several answers, or a feature
 tells only prompts apart, it can be next to nothing by chance, and what is divided by it would be all that a score sees."""
@@ -45,13 +46,13 @@ class FeatureMap:
     @classmethod
     def fit(cls, kind: str, features_ND: Tensor, prompts_N: Tensor) -> FeatureMap:
         """Scales are those *within* prompts: what differs only between prompts cannot be compared by anybody."""
-        features = features_ND.double()
+        features = features_ND.double()[:, : features_ND.shape[1] // 2 if kind == "last" else None]
         within = _within(features, prompts_N)
         mean = features.mean(0)
         whole = (features - mean).square().mean(0).sqrt()
         scale = torch.maximum(within.square().mean(0).sqrt(), LEAST_WITHIN * whole).clamp(min=1e-6)
         empty = torch.zeros(0, dtype=torch.float64)
-        if kind == "linear":
+        if kind != "quadratic":
             return cls(kind, mean, scale, torch.zeros(len(mean), 0, dtype=torch.float64), empty, empty, empty)
         standard = within / scale
         _, values, rows = torch.linalg.svd(standard, full_matrices=False)
@@ -73,8 +74,8 @@ class FeatureMap:
         return projected_BK[:, upper[0]] * projected_BK[:, upper[1]]
 
     def __call__(self, features_BD: Tensor) -> Tensor:
-        standard_BD = (features_BD.double() - self.mean_D) / self.scale_D
-        if self.kind == "linear":
+        standard_BD = (features_BD.double()[:, : len(self.mean_D)] - self.mean_D) / self.scale_D
+        if self.kind != "quadratic":
             return standard_BD
         products_BK = (self._products(standard_BD) - self.products_mean) / self.products_scale
         # Both blocks get the same total variance, whatever their sizes.

@@ -47,6 +47,7 @@ class Policy:
         self.sharded = False
         """Whether each process holds only its part of the backbone: then all take every forward pass together."""
         self.hidden_size = int(self.base.config.hidden_size)
+        self.feature_size = 2 * self.hidden_size
         ends = getattr(self.base.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends
         self.eos_ids = tuple(ends) if isinstance(ends, list) else (int(ends),)
@@ -241,7 +242,11 @@ class Policy:
         return distributed.gather([reply for reply, (_, counts) in zip(replies, turns, strict=True) if counts])
 
     def hidden(self, replies: Sequence[Reply]) -> tuple[Tensor, Tensor, Tensor]:
-        """One forward pass: (states_BTD that predict each reply token, mask_BT, last_BD after the last token)."""
+        """One forward pass: (states_BTD that predict each reply token, mask_BT, features_BF of each reply).
+
+        Features are what a reward model reads: the state after the last token, then the mean of the states after all of them. A habit
+        at the beginning of a long reply may have left the last state.
+        """
         if any(not reply.tokens for reply in replies):
             raise TrainingRefused("a reply has 0 tokens, at least 1 is needed", field="replies")
         shared = 0 if self.sharded else shared_prefix([reply.prompt for reply in replies])
@@ -262,7 +267,10 @@ class Policy:
         mask_BT = (steps_T[None] < lengths_B[:, None]).float()
         index_BT = (first_B[:, None] + steps_T[None]).clamp(max=ids_BS.shape[1] - 1)
         rows_B = torch.arange(len(replies), device=self.device)
-        return states_BSD[rows_B[:, None], index_BT].float(), mask_BT, states_BSD[rows_B, first_B + lengths_B].float()
+        states_BTD, last_BD = states_BSD[rows_B[:, None], index_BT].float(), states_BSD[rows_B, first_B + lengths_B].float()
+        # What predicts a token stands after the one before it.
+        after_BD = (states_BTD * mask_BT[:, :, None]).sum(1) - states_BTD[:, 0] + last_BD
+        return states_BTD, mask_BT, torch.cat([last_BD, after_BD / lengths_B[:, None]], 1)
 
     def token_logprobs(self, states_BTD: Tensor, mask_BT: Tensor, replies: Sequence[Reply], temperature: float) -> Tensor:
         """Log-probability of each reply token under softmax(logits / temperature), B x T, 0 on padding."""
@@ -279,27 +287,27 @@ class Policy:
         groups: Sequence[Sequence[int]] | None = None,
         value: Callable[[Sequence[Reply], Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(logprobs_BT, mask_BT, values_BT, last_BD) of many replies, without gradients, one group at a time.
+        """(logprobs_BT, mask_BT, values_BT, features_BF) of many replies, without gradients, one group at a time.
 
         `groups` are indices that go through the model together; default: `GROUP_TOKENS` of similar length. `value` reads a group's
         replies and states; without it values are 0. States are not kept: they would be B x T x D numbers.
         """
         size = 3, len(replies), max(len(reply.tokens) for reply in replies)
         logprobs_BT, mask_BT, values_BT = torch.zeros(size, device=self.device)
-        last_BD = torch.zeros(len(replies), self.hidden_size, device=self.device)
+        features_BF = torch.zeros(len(replies), self.feature_size, device=self.device)
         for group, counts in distributed.turns(by_tokens(replies, GROUP_TOKENS) if groups is None else groups):
             some, rows = [replies[i] for i in group], torch.tensor(group, device=self.device)
-            states_GTD, mask_GT, last_GD = self.hidden(some)
+            states_GTD, mask_GT, features_GF = self.hidden(some)
             values_GT = mask_GT * 0 if value is None else value(some, states_GTD) * mask_GT
             if not counts:
                 continue
             width = mask_GT.shape[1]
-            last_BD[rows] = last_GD
+            features_BF[rows] = features_GF
             logprobs_BT[rows, :width] = self.token_logprobs(states_GTD, mask_GT, some, temperature)
             mask_BT[rows, :width] = mask_GT
             values_BT[rows, :width] = values_GT
-        distributed.total(logprobs_BT, mask_BT, values_BT, last_BD)
-        return logprobs_BT, mask_BT, values_BT, last_BD
+        distributed.total(logprobs_BT, mask_BT, values_BT, features_BF)
+        return logprobs_BT, mask_BT, values_BT, features_BF
 
     def logprobs(self, replies: Sequence[Reply], temperature: float, *, reference: bool = False) -> tuple[Tensor, Tensor]:
         """(logprobs_BT, mask_BT) without gradients, on the CPU."""
@@ -309,22 +317,22 @@ class Policy:
     def reference_pass(
         self, replies: Sequence[Reply], temperature: float, groups: Sequence[Sequence[int]] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One adapter-off forward for both uses: (reference logprobs_BT, mask_BT, reward features_BD)."""
+        """One adapter-off forward for both uses: (reference logprobs_BT, mask_BT, reward features_BF)."""
         with self.reference():
-            logprobs_BT, mask_BT, _, last_BD = self.passes(replies, temperature, groups)
-        return logprobs_BT, mask_BT, last_BD.cpu()
+            logprobs_BT, mask_BT, _, features_BF = self.passes(replies, temperature, groups)
+        return logprobs_BT, mask_BT, features_BF.cpu()
 
     @torch.no_grad()
     def features(self, replies: Sequence[Reply]) -> Tensor:
-        """The backbone's final state after each reply's last token, adapter off; B x D."""
-        last_BD = torch.zeros(len(replies), self.hidden_size, device=self.device)
+        """What `hidden` gives of each reply with the adapter off; B x F."""
+        features_BF = torch.zeros(len(replies), self.feature_size, device=self.device)
         with self.reference():
             for group, counts in distributed.turns(by_tokens(replies, GROUP_TOKENS)):
-                last_GD = self.hidden([replies[i] for i in group])[2]
+                features_GF = self.hidden([replies[i] for i in group])[2]
                 if counts:
-                    last_BD[torch.tensor(group, device=self.device)] = last_GD
-        distributed.total(last_BD)
-        return last_BD.cpu()
+                    features_BF[torch.tensor(group, device=self.device)] = features_GF
+        distributed.total(features_BF)
+        return features_BF.cpu()
 
 
 def place(device: Device, dtype: Dtype) -> tuple[torch.device, torch.dtype]:
