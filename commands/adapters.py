@@ -50,7 +50,8 @@ def promote(adapter: str, key: KeyOption = "", config_path: ConfigPath = None) -
 def rollback(reason: ReasonOption, key: KeyOption = "", config_path: ConfigPath = None) -> None:
     """`previous` answers again."""
     with opened(config_path, "operator") as (_, stores, registry):
-        say(f"{registry.rollback(operator(stores, key, 'adapters:promote').owner, reason)[:16]} is stable again")
+        seen = registry.alias("stable")
+        say(f"{registry.rollback(operator(stores, key, 'adapters:promote').owner, reason, seen)[:16]} is stable again")
 
 
 @app.command("stop")

@@ -11,9 +11,11 @@ from typing import Annotated
 
 import typer
 
-from deploy.config import EngineSettings, ErasureSettings, GateSettings, PolicySettings, RolloutSettings
+from deploy.config import DeploySettings, EngineSettings, ErasureSettings, GateSettings, PolicySettings, RolloutSettings
 from deploy.manifest import base_config
 from deploy.registry import Registry
+from deploy.schema import upgrade
+from deploy.store import AdapterStore
 from examples import NAMES, load
 from feedback import audit, config
 from feedback.errors import InvalidInput, NotAuthenticated
@@ -27,6 +29,7 @@ class Settings(config.Settings):
     """Every section of `plaudit.toml`."""
 
     policy: PolicySettings = PolicySettings()
+    deploy: DeploySettings = DeploySettings()
     engine: EngineSettings = EngineSettings()
     server: ServerSettings = ServerSettings()
     record: RecordSettings = RecordSettings()
@@ -63,10 +66,12 @@ def settings_from(path: Path | None) -> Settings:
 def opened(path: Path | None, process: str) -> Iterator[tuple[Settings, Stores, Registry]]:
     """Settings, stores and registry of one command."""
     settings = settings_from(path)
-    stores = open_stores(settings, process)
+    data_dir = settings.feedback.data_dir
+    store = AdapterStore(settings.deploy.resolved(data_dir), data_dir / "adapters")
+    stores = open_stores(settings, process, upgrade)
     try:
         stores.ingest()
-        yield settings, stores, Registry(stores.engine, settings.feedback.tenant)
+        yield settings, stores, Registry(stores.engine, settings.feedback.tenant, store)
     finally:
         stores.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -24,6 +25,17 @@ class PolicySettings(Section):
     """Longest answer, when a client names no limit."""
     max_model_len: int = Field(default=1024, ge=16)
     """Prompt and answer together, in tokens."""
+
+
+class DeploySettings(Section):
+    """Where adapters are kept for all machines."""
+
+    store: str | None = None
+    """Any URL that fsspec writes, its package installed and its login in the environment; unset: `adapters` in the data folder."""
+
+    def resolved(self, data_dir: Path) -> str:
+        """The place to open."""
+        return self.store or str((data_dir / "adapters").resolve())
 
 
 class EngineSettings(Section):

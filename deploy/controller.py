@@ -31,15 +31,15 @@ class Controller:
         if epoch is None:
             return False
         await self.rollout.advance(epoch)
-        await self._send_events()
+        await self._send_events(epoch)
         return True
 
-    async def _send_events(self) -> None:
+    async def _send_events(self, epoch: int) -> None:
         """Carry the registry's events to the log. Sent twice after a crash, they are one there: the id is the same."""
         registry = self.rollout.registry
         while batch := await asyncio.to_thread(registry.unsent):
             await self.events.append(batch)
-            await asyncio.to_thread(registry.mark_sent, batch)
+            await asyncio.to_thread(registry.mark_sent, batch, epoch)
 
     async def run(self) -> None:
         """Tick until cancelled."""

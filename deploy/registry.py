@@ -1,31 +1,33 @@
 """Adapters, what was found out about them, and which of them answers: the truth that every process goes by.
 
 Every change is one transaction that bumps the version, moves aliases by compare-and-swap, writes a hash-chained audit
-row and puts the event into the outbox. Nothing here decides; `rollout.py` does.
+row and puts the event into the outbox. Changes run one after another, and what the leader writes names its epoch and is refused once
+another leads. Times are the database's. Nothing here decides; `rollout.py` does.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import JsonValue
-from sqlalchemy import Connection, Engine, func, insert, select, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, Engine, Select, func, insert, select, update
 
 from deploy.manifest import read_manifest, vllm_name
 from deploy.records import AdapterRecord, Alias, Attestation, RolloutRecord, State
 from deploy.routing import AdapterRef, RoutingTable
-from deploy.tables import adapters, alias_history, aliases, attestations, facts, holdings, leases, metadata, outbox, rollouts
+from deploy.schema import upgrade
+from deploy.store import AdapterStore
+from deploy.tables import adapters, alias_history, aliases, attestations, facts, holdings, leases, outbox, rollouts
 from feedback import audit
-from feedback.clock import wall_ms
-from feedback.database import create_tables, ensure_row
-from feedback.errors import Conflict, InvalidInput, NotDurable, NotFound
-from feedback.events import AdapterEvent, Event, RolloutEvent, decode, encode, new_id
+from feedback.database import alone, ensure_row, moment, now_ms
+from feedback.errors import Conflict, InvalidInput, NotFound
+from feedback.events import AdapterEvent, Event, Model, RolloutEvent, decode, encode, new_id
 
+M = TypeVar("M", bound=Model)
 ACTIVE = ("gates", "canary", "awaiting")
 HOLDING_AGE_MS = 10_000
 """A replica that has been silent for longer counts as gone."""
@@ -34,65 +36,67 @@ HOLDING_AGE_MS = 10_000
 class Registry:
     """Thread-safe. Raises NotDurable where the database does not answer."""
 
-    def __init__(self, engine: Engine, tenant: str = "default") -> None:
-        create_tables(engine, metadata)
+    def __init__(self, engine: Engine, tenant: str = "default", store: AdapterStore | None = None) -> None:
+        """Without a `store`, adapters are found where they were registered from."""
+        upgrade(engine)
         audit.open_audit(engine)
         self._engine = engine
         self._tenant = tenant
+        self._store = store
         for name in ("version", "epoch"):
             ensure_row(engine, facts, "name", {"name": name, "value": 0})
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 
     def register(self, adapter_id: str, path: Path, by: str) -> AdapterRecord:
-        """A new candidate; one that is registered already is returned as it is."""
+        """A new candidate, which is in the store before it is one; one that is registered already is returned as it is."""
+        there = select(adapters.c.id).where(adapters.c.id == adapter_id)
         with self._read() as db:
-            row = db.execute(select(adapters).where(adapters.c.id == adapter_id)).first()
-        if row is None:
+            known = db.execute(there).first() is not None
+        if not known:
             manifest = read_manifest(path)
             if manifest.adapter_id != adapter_id:
                 raise InvalidInput(f"{path} holds adapter {manifest.adapter_id[:16]}, not {adapter_id[:16]}", field="adapter")
+            if self._store is not None:
+                self._store.put(path)
             values = {"kind": manifest.kind, "temperature": manifest.temperature, "state": "candidate", "reason": "registered"}
-            with self._change(by, "adapter.registered", adapter_id, str(values["kind"])) as db:
-                db.execute(
-                    insert(adapters).values(id=adapter_id, path=str(path.resolve()), registered_by=by, registered_ms=wall_ms(), **values)
-                )
-                self._emit(db, AdapterEvent(**self._head(), type="adapter.registered", adapter=adapter_id, actor=by))
+            with self._write() as db:
+                if db.execute(there).first() is None:  # nobody was faster
+                    values |= {"id": adapter_id, "path": str(path.resolve()), "registered_by": by, "registered_ms": now_ms(db)}
+                    db.execute(insert(adapters).values(**values))
+                    self._emit(db, AdapterEvent(**self._head(), type="adapter.registered", adapter=adapter_id, actor=by))
+                    self._record(db, by, "adapter.registered", adapter_id, manifest.kind)
         return self.adapter(adapter_id)
 
     def adapter(self, prefix: str) -> AdapterRecord:
         """By id or its first digits. Raises NotFound, and InvalidInput where several begin so."""
         prefix = prefix.removeprefix("a-")
-        with self._read() as db:
-            rows = db.execute(select(adapters).where(adapters.c.id.startswith(prefix, autoescape=True))).all()
+        rows = self._all(AdapterRecord, select(adapters).where(adapters.c.id.startswith(prefix, autoescape=True)))
         if len(rows) > 1:
             raise InvalidInput(f"adapter: {len(rows)} adapters begin with '{prefix}'; give more digits", field="adapter")
         if not rows or not prefix:
             raise NotFound(f"adapter: there is none with id '{prefix[:64]}'; `plaudit adapters list` shows them", field="adapter")
-        return AdapterRecord.model_validate(dict(rows[0]._mapping))
+        return rows[0]
 
     def adapters(self) -> list[AdapterRecord]:
         """All, oldest first."""
-        with self._read() as db:
-            rows = db.execute(select(adapters).order_by(adapters.c.registered_ms, adapters.c.id)).all()
-        return [AdapterRecord.model_validate(dict(row._mapping)) for row in rows]
+        return self._all(AdapterRecord, select(adapters).order_by(adapters.c.registered_ms, adapters.c.id))
 
     def attest(self, adapter_id: str, kind: str, body: Mapping[str, JsonValue], by: str) -> str:
         """Add what was found out; nothing is ever changed. Returns its id."""
-        attestation_id = new_id()
         with self._change(by, "adapter.attested", adapter_id, kind) as db:
-            values = {"id": attestation_id, "adapter": adapter_id, "kind": kind, "body": dict(body), "actor": by, "at_ms": wall_ms()}
-            db.execute(insert(attestations).values(**values))
-            detail: dict[str, JsonValue] = {"kind": kind, "id": attestation_id}
-            self._emit(db, AdapterEvent(**self._head(), type="adapter.attested", adapter=adapter_id, actor=by, detail=detail))
-        return attestation_id
+            return self._attest(db, adapter_id, kind, body, by)
+
+    def attestation(self, attestation_id: str) -> Attestation:
+        """Raises NotFound."""
+        if found := self._all(Attestation, select(attestations).where(attestations.c.id == attestation_id)):
+            return found[0]
+        raise NotFound(f"attestation: there is none with id '{attestation_id[:64]}'", field="attestation")
 
     def attestations(self, adapter_id: str, kind: str | None = None) -> list[Attestation]:
         """Oldest first."""
         query = select(attestations).where(attestations.c.adapter == adapter_id).order_by(attestations.c.at_ms, attestations.c.id)
-        with self._read() as db:
-            rows = db.execute(query if kind is None else query.where(attestations.c.kind == kind)).all()
-        return [Attestation.model_validate(dict(row._mapping)) for row in rows]
+        return self._all(Attestation, query if kind is None else query.where(attestations.c.kind == kind))
 
     # --- aliases and routes -----------------------------------------------------------------------------------------
 
@@ -112,10 +116,13 @@ class Registry:
             self._move(db, {"stable": adapter_id}, {"stable": None}, by, "first stable")
             self._set_state(db, adapter_id, "stable", "first stable")
 
-    def rollback(self, by: str, reason: str) -> str:
-        """`previous` answers again and a running rollout ends, in one transaction. Returns the adapter. Raises NotFound."""
+    def rollback(self, by: str, reason: str, expect: str | None = None) -> str:
+        """`previous` answers again and a running rollout ends, in one transaction. Returns the adapter. Raises NotFound, and Conflict
+        where `expect` is not stable any more: of two people who roll back the same adapter the second would bring it back."""
         with self._change(by, "adapter.rolled_back", "stable", reason) as db:
             stable, previous = _alias(db, "stable"), _alias(db, "previous")
+            if expect is not None and stable != expect:
+                raise Conflict(f"rollback: stable is {stable}, expected was {expect}: somebody else was first", field="stable")
             if previous is None:
                 raise NotFound("rollback: the alias 'previous' points at nothing; nothing was promoted yet", field="previous")
             self._move(db, {"stable": previous, "previous": stable, "canary": None}, {"stable": stable, "previous": previous}, by, reason)
@@ -148,33 +155,35 @@ class Registry:
         return table.model_copy(update={"canary": ref("canary"), "rollout": row.id, "weight": row.weight, "salt": row.salt})
 
     def wanted(self) -> dict[str, Path]:
-        """Names that a replica must hold, and the folders of their weights."""
+        """Names that a replica must hold, and the folders of their weights; without those that are still on their way from the store."""
         with self._read() as db:
             paths = {row.id: Path(row.path) for row in db.execute(select(adapters.c.id, adapters.c.path))}
             named = [row.adapter for row in db.execute(select(aliases.c.adapter)) if row.adapter]
             active = db.execute(select(rollouts).where(rollouts.c.state.in_(ACTIVE))).all()
-        names = {vllm_name(adapter): paths[adapter] for adapter in [*named, *(row.adapter for row in active)]}
-        return names | {vllm_name(row.stable, row.id): paths[row.stable] for row in active}
+        named += [adapter for row in active for adapter in (row.adapter, row.stable)]
+        here = {each: self._store.folder(each, paths[each]) if self._store else paths[each] for each in named}
+        names = [(vllm_name(each), each) for each in named] + [(vllm_name(row.stable, row.id), row.stable) for row in active]
+        return {name: path for name, each in names if (path := here[each]) is not None}
 
     def report_held(self, replica: str, names: set[str]) -> None:
         """A replica says what it could answer with now."""
-        values = {"names": sorted(names), "at_ms": wall_ms()}
         with self._write() as db:
+            values = {"names": sorted(names), "at_ms": now_ms(db)}
             if db.execute(update(holdings).where(holdings.c.replica == replica).values(**values)).rowcount == 0:
                 db.execute(insert(holdings).values(replica=replica, **values))
 
     def held_everywhere(self) -> set[str]:
         """Names that every living replica holds; empty where none lives."""
         with self._read() as db:
-            rows = db.execute(select(holdings.c.names).where(holdings.c.at_ms > wall_ms() - HOLDING_AGE_MS)).all()
+            rows = db.execute(select(holdings.c.names).where(holdings.c.at_ms > now_ms(db) - HOLDING_AGE_MS)).all()
         return set.intersection(*(set(row.names) for row in rows)) if rows else set()
 
     # --- rollouts ---------------------------------------------------------------------------------------------------
 
-    def begin_rollout(self, adapter_id: str, by: str) -> RolloutRecord:
+    def begin_rollout(self, adapter_id: str, by: str, epoch: int | None = None) -> RolloutRecord:
         """Raises Conflict while another one runs."""
         rollout_id = hashlib.sha256(new_id().encode()).hexdigest()[:8]
-        with self._change(by, "rollout.started", rollout_id, adapter_id) as db:
+        with self._change(by, "rollout.started", rollout_id, adapter_id, epoch) as db:
             if running := db.execute(select(rollouts.c.id).where(rollouts.c.state.in_(ACTIVE))).first():
                 raise Conflict(f"rollout {running.id} is running; it must end before another begins", field="rollout")
             stable = _alias(db, "stable")
@@ -182,25 +191,21 @@ class Registry:
                 raise NotFound("there is no stable adapter to compare with", field="stable")
             number = int(db.execute(select(func.count()).select_from(rollouts).where(rollouts.c.canary_ms.is_not(None))).scalar_one()) + 1
             values = {"id": rollout_id, "adapter": adapter_id, "stable": stable, "number": number, "state": "gates", "weight": 0.0}
-            blank = {"salt": rollout_id, "started_ms": wall_ms(), "reason": "gates are being judged", "verdicts": []}
+            blank = {"salt": rollout_id, "started_ms": now_ms(db), "reason": "gates are being judged", "verdicts": []}
             db.execute(insert(rollouts).values(**values, **blank))
             self._emit(db, RolloutEvent(**self._head(), type="rollout.started", rollout=rollout_id, adapter=adapter_id, actor=by))
         return self.rollout(rollout_id)
 
     def rollout(self, rollout_id: str) -> RolloutRecord:
         """Raises NotFound."""
-        with self._read() as db:
-            row = db.execute(select(rollouts).where(rollouts.c.id == rollout_id)).first()
-        if row is None:
-            raise NotFound(f"rollout: there is none with id '{rollout_id[:16]}'", field="rollout")
-        return RolloutRecord.model_validate(dict(row._mapping))
+        if found := self._all(RolloutRecord, select(rollouts).where(rollouts.c.id == rollout_id)):
+            return found[0]
+        raise NotFound(f"rollout: there is none with id '{rollout_id[:16]}'", field="rollout")
 
     def rollouts(self, adapter_id: str | None = None) -> list[RolloutRecord]:
         """Oldest first."""
         query = select(rollouts).order_by(rollouts.c.started_ms)
-        with self._read() as db:
-            rows = db.execute(query if adapter_id is None else query.where(rollouts.c.adapter == adapter_id)).all()
-        return [RolloutRecord.model_validate(dict(row._mapping)) for row in rows]
+        return self._all(RolloutRecord, query if adapter_id is None else query.where(rollouts.c.adapter == adapter_id))
 
     def active_rollout(self) -> RolloutRecord | None:
         """The one that runs, if any."""
@@ -210,7 +215,7 @@ class Registry:
         """People begin to be answered by it."""
         with self._step(rollout_id, "gates", by, "canary", epoch) as (db, row):
             reason = f"{weight:.0%} of people are answered by it"
-            values = {"state": "canary", "weight": weight, "canary_ms": wall_ms(), "reason": reason, "verdicts": verdicts}
+            values = {"state": "canary", "weight": weight, "canary_ms": now_ms(db), "reason": reason, "verdicts": verdicts}
             db.execute(update(rollouts).where(rollouts.c.id == rollout_id).values(**values))
             self._move(db, {"canary": row.adapter}, {"canary": None}, by, "canary")
             self._set_state(db, row.adapter, "canary", "canary")
@@ -220,15 +225,17 @@ class Registry:
         with self._step(rollout_id, "canary", by, "awaiting", epoch) as (db, _):
             db.execute(update(rollouts).where(rollouts.c.id == rollout_id).values(state="awaiting", reason=reason, verdicts=verdicts))
 
-    def note(self, rollout_id: str, reason: str, verdicts: list[dict[str, JsonValue]]) -> None:
+    def note(self, rollout_id: str, reason: str, verdicts: list[dict[str, JsonValue]], epoch: int | None = None) -> None:
         """What the last look showed, for people to read; no transition."""
-        with self._write() as db:
+        with self._write(epoch) as db:
             where = (rollouts.c.id == rollout_id) & rollouts.c.state.in_(ACTIVE)
             db.execute(update(rollouts).where(where).values(reason=reason, verdicts=verdicts))
 
-    def end_rollout(self, rollout_id: str, reason: str, by: str, verdicts: list[dict[str, JsonValue]] | None = None) -> None:
+    def end_rollout(
+        self, rollout_id: str, reason: str, by: str, verdicts: list[dict[str, JsonValue]] | None = None, epoch: int | None = None
+    ) -> None:
         """Stop: all traffic is stable's again, in one transaction."""
-        with self._change(by, "rollout.stopped", rollout_id, reason) as db:
+        with self._change(by, "rollout.stopped", rollout_id, reason, epoch) as db:
             row = db.execute(select(rollouts).where(rollouts.c.id == rollout_id)).first()
             if row is None or row.state not in ACTIVE:
                 raise Conflict(f"rollout {rollout_id} has ended already", field="rollout")
@@ -254,10 +261,7 @@ class Registry:
         it also leaves every alias, `fallback` answers in its place, and it is retired. One transaction. Raises Conflict without one."""
         reason = str(body["reason"])
         with self._change(by, "adapter.retired" if retire else "adapter.blocked", adapter_id, reason) as db:
-            values = {"id": new_id(), "adapter": adapter_id, "kind": "erasure", "body": dict(body), "actor": by, "at_ms": wall_ms()}
-            db.execute(insert(attestations).values(**values))
-            detail: dict[str, JsonValue] = {"kind": "erasure", "id": str(values["id"])}
-            self._emit(db, AdapterEvent(**self._head(), type="adapter.attested", adapter=adapter_id, actor=by, detail=detail))
+            self._attest(db, adapter_id, "erasure", body, by)
             stable = _alias(db, "stable")
             moved: dict[Alias, str | None] = {"previous": None} if retire and _alias(db, "previous") == adapter_id else {}
             if retire and stable == adapter_id:
@@ -284,9 +288,10 @@ class Registry:
     # --- leases, audit, outbox --------------------------------------------------------------------------------------
 
     def lease(self, name: str, holder: str, ttl_s: float) -> int | None:
-        """Take or renew it; its epoch, or None while somebody else holds it."""
-        now = wall_ms()
+        """Take or renew it; its epoch, or None while somebody else holds it. A process whose clock is wrong neither takes it too early nor
+        keeps it too long."""
         with self._write() as db:
+            now = now_ms(db)
             row = db.execute(select(leases).where(leases.c.name == name)).first()
             expires = now + int(ttl_s * 1000)
             if row is None:
@@ -301,50 +306,49 @@ class Registry:
     def unsent(self, limit: int = 100) -> list[Event]:
         """Events of changes that are not in the event log yet."""
         with self._read() as db:
-            return [decode(row.value) for row in db.execute(select(outbox.c.value).where(outbox.c.sent.is_(False)).limit(limit))]
+            waiting = select(outbox.c.value).where(outbox.c.sent.is_(False)).order_by(outbox.c.event_id).limit(limit)
+            return [decode(row.value) for row in db.execute(waiting)]
 
-    def mark_sent(self, events: list[Event]) -> None:
-        with self._write() as db:
+    def mark_sent(self, events: list[Event], epoch: int | None = None) -> None:
+        with self._write(epoch) as db:
             db.execute(update(outbox).where(outbox.c.event_id.in_([event.event_id for event in events])).values(sent=True))
 
     # --- inside a transaction ---------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _read(self) -> Iterator[Connection]:
-        try:
-            with self._engine.connect() as db:
-                yield db
-        except SQLAlchemyError as exc:
-            raise NotDurable(f"the registry's database does not answer: {exc.__cause__ or exc}", retry_after_s=2) from exc
+    def _read(self) -> AbstractContextManager[Connection]:
+        return moment(self._engine)
+
+    def _all(self, model: type[M], query: Select[Any]) -> list[M]:
+        with self._read() as db:
+            return [model.model_validate(dict(row._mapping)) for row in db.execute(query)]
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        """A transaction that takes SQLite's write lock with its first statement, so that what it reads stays true."""
-        try:
-            with self._engine.begin() as db:
-                db.execute(update(facts).where(facts.c.name == "epoch").values(value=facts.c.value + 1))
-                yield db
-        except SQLAlchemyError as exc:
-            raise NotDurable(f"the registry's database could not be written: {exc.__cause__ or exc}", retry_after_s=2) from exc
-
-    @contextmanager
-    def _change(self, actor: str, action: str, subject: str, reason: str) -> Iterator[Connection]:
-        """A change with its audit row."""
-        with self._write() as db:
+    def _write(self, epoch: int | None = None) -> Iterator[Connection]:
+        """One after another; the leader's only as long as it leads. Raises Conflict."""
+        with alone(self._engine, update(facts).where(facts.c.name == "epoch").values(value=facts.c.value + 1)) as db:
+            if epoch is not None and db.execute(select(leases.c.epoch).where(leases.c.name == "controller")).scalar() != epoch:
+                raise Conflict(f"another controller has taken over: epoch {epoch} is over", field="epoch")
             yield db
-            db.execute(update(facts).where(facts.c.name == "version").values(value=facts.c.value + 1))
-            audit.record(db, actor, action, subject, reason)
+
+    @contextmanager
+    def _change(self, actor: str, action: str, subject: str, reason: str, epoch: int | None = None) -> Iterator[Connection]:
+        """A change with its audit row."""
+        with self._write(epoch) as db:
+            yield db
+            self._record(db, actor, action, subject, reason)
+
+    def _record(self, db: Connection, actor: str, action: str, subject: str, reason: str) -> None:
+        db.execute(update(facts).where(facts.c.name == "version").values(value=facts.c.value + 1))
+        audit.record(db, actor, action, subject, reason)
 
     @contextmanager
     def _step(self, rollout_id: str, state: str, by: str, to: str, epoch: int | None) -> Iterator[tuple[Connection, RolloutRecord]]:
         """A transition, refused unless the rollout is in `state` and, for the controller, its epoch is the newest."""
-        with self._change(by, f"rollout.{to}", rollout_id, to) as db:
+        with self._change(by, f"rollout.{to}", rollout_id, to, epoch) as db:
             row = db.execute(select(rollouts).where(rollouts.c.id == rollout_id)).first()
             if row is None or row.state != state:
                 found = "unknown" if row is None else row.state
                 raise Conflict(f"rollout {rollout_id} is {found}; only one that is {state} can become {to}", field="rollout")
-            if epoch is not None and db.execute(select(leases.c.epoch).where(leases.c.name == "controller")).scalar() != epoch:
-                raise Conflict(f"rollout {rollout_id}: another controller has taken over", field="epoch")
             record = RolloutRecord.model_validate(dict(row._mapping))
             yield db, record
             kind: Literal["rollout.approved", "rollout.stepped"] = "rollout.approved" if to == "promoted" else "rollout.stepped"
@@ -356,13 +360,22 @@ class Registry:
             before = _alias(db, name)
             if name in expect and before != expect[name]:
                 raise Conflict(f"alias {name} points at {before}, expected was {expect[name]}: somebody else was first", field=name)
+            if before == adapter_id:
+                continue
             if db.execute(update(aliases).where(aliases.c.name == name).values(adapter=adapter_id)).rowcount == 0:
                 db.execute(insert(aliases).values(name=name, adapter=adapter_id))
-            values = {"name": name, "before": before, "after": adapter_id, "actor": by, "reason": reason, "at_ms": wall_ms()}
+            values = {"name": name, "before": before, "after": adapter_id, "actor": by, "reason": reason, "at_ms": now_ms(db)}
             db.execute(insert(alias_history).values(**values))
             if adapter_id is not None:
                 event = AdapterEvent(**self._head(), type="adapter.aliased", adapter=adapter_id, actor=by, alias=name)
                 self._emit(db, event)
+
+    def _attest(self, db: Connection, adapter_id: str, kind: str, body: Mapping[str, JsonValue], by: str) -> str:
+        values = {"id": new_id(), "adapter": adapter_id, "kind": kind, "body": dict(body), "actor": by, "at_ms": now_ms(db)}
+        db.execute(insert(attestations).values(**values))
+        detail: dict[str, JsonValue] = {"kind": kind, "id": str(values["id"])}
+        self._emit(db, AdapterEvent(**self._head(), type="adapter.attested", adapter=adapter_id, actor=by, detail=detail))
+        return str(values["id"])
 
     def _set_state(self, db: Connection, adapter_id: str, state: State, reason: str) -> None:
         db.execute(update(adapters).where(adapters.c.id == adapter_id).values(state=state, reason=reason))

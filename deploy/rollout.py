@@ -54,7 +54,7 @@ class Rollout:
         running = self.registry.active_rollout()
         if running is None:
             if (candidate := self._next()) is not None:
-                self.registry.begin_rollout(candidate.id, CONTROLLER)
+                self.registry.begin_rollout(candidate.id, CONTROLLER, epoch)
         elif running.state == "gates":
             await self._judge_gates(running, epoch)
         else:
@@ -72,7 +72,7 @@ class Rollout:
         name = vllm_name(running.adapter)
         erasure = withheld(self.registry.attestations(running.adapter, "erasure"))
         if erasure.verdict != "pass":
-            self._stop(running, [erasure])
+            self._stop(running, [erasure], epoch)
             return
         needed = {name, vllm_name(running.stable, running.id)}
         if not needed <= self.registry.held_everywhere():
@@ -80,7 +80,7 @@ class Rollout:
                 verdict = Verdict.failed(
                     "loads", f"no replica has loaded {name} within {self.gates.probe_timeout_s:g} s; see the replica's log"
                 )
-                self._stop(running, [verdict])
+                self._stop(running, [verdict], epoch)
             return
         body = self.registry.attestations(running.adapter, "evaluation")[-1].body
         try:
@@ -88,13 +88,14 @@ class Rollout:
         except ValidationError as exc:
             problem = exc.errors()[0]
             where = ".".join(map(str, problem["loc"]))
-            self._stop(running, [Verdict.failed("evaluation", f"the evaluation cannot be read: {where}: {problem['msg']}; train again")])
+            unread = Verdict.failed("evaluation", f"the evaluation cannot be read: {where}: {problem['msg']}; train again")
+            self._stop(running, [unread], epoch)
             return
         verdicts = [await self._answers(name), *judge(evaluation, self.gates)]
         if all(verdict.verdict == "pass" for verdict in verdicts):
             self.registry.start_canary(running.id, self.settings.weight, _rows(verdicts), CONTROLLER, epoch)
         else:
-            self._stop(running, verdicts)
+            self._stop(running, verdicts, epoch)
 
     async def _answers(self, name: str) -> Verdict:
         """It loads and says something."""
@@ -114,7 +115,7 @@ class Rollout:
         gates = [Verdict.model_validate(row) for row in running.verdicts if row.get("name") not in ("failures", "wins")]
         guard = self._guard(running)
         if guard.verdict == "fail":
-            self._stop(running, [*gates, guard])
+            self._stop(running, [*gates, guard], epoch)
             return
         if running.state == "awaiting":
             return
@@ -124,12 +125,12 @@ class Rollout:
             reason = f"{test.verdict.reason}; waits for approval by a person: plaudit adapters promote {running.adapter[:16]}"
             self.registry.await_approval(running.id, _rows(verdicts), reason, CONTROLLER, epoch)
         elif test.verdict.verdict == "fail":
-            self._stop(running, verdicts)
+            self._stop(running, verdicts, epoch)
         elif self._late(running):
             late = Verdict.failed("wins", f"inconclusive after {self.settings.max_days:g} days: {test.verdict.reason}")
-            self._stop(running, [*gates, guard, late])
+            self._stop(running, [*gates, guard, late], epoch)
         else:
-            self.registry.note(running.id, test.verdict.reason, _rows(verdicts))
+            self.registry.note(running.id, test.verdict.reason, _rows(verdicts), epoch)
 
     def _guard(self, running: RolloutRecord) -> Verdict:
         counted = ends(self.archive, running.id, (running.canary_ms or 0) << 16)
@@ -145,9 +146,9 @@ class Rollout:
     def _late(self, running: RolloutRecord) -> bool:
         return running.canary_ms is not None and wall_ms() - running.canary_ms > self.settings.max_days * DAY_MS
 
-    def _stop(self, running: RolloutRecord, verdicts: Sequence[Verdict]) -> None:
+    def _stop(self, running: RolloutRecord, verdicts: Sequence[Verdict], epoch: int) -> None:
         reason = "; ".join(f"{each.name}: {each.reason}" for each in verdicts if each.verdict != "pass")
-        self.registry.end_rollout(running.id, reason, CONTROLLER, _rows(verdicts))
+        self.registry.end_rollout(running.id, reason, CONTROLLER, _rows(verdicts), epoch)
 
 
 def _rows(verdicts: Sequence[Verdict]) -> list[dict[str, JsonValue]]:

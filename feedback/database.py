@@ -1,6 +1,7 @@
 """Opening the database that holds the registry, the API keys and the subjects' keys; and the mode of every SQLite file that must last.
 
-SQLite for one machine, any SQLAlchemy URL (PostgreSQL) for several. Each room creates its own tables with `create_tables`.
+SQLite for one machine, PostgreSQL for several, by SQLAlchemy URL; what the two do differently is written here and nowhere else. Each room
+creates its own tables with `create_tables` where `deploy/schema.py`, which brings older ones up to date, has not made them before.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import structlog
-from sqlalchemy import Connection, Engine, MetaData, Table, create_engine, event, insert, select
+from sqlalchemy import Connection, Engine, MetaData, Table, Update, create_engine, event, insert, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -24,6 +25,13 @@ from feedback.files import sync
 
 LOOKS = 5
 COPY_BYTES = 1 << 20
+LOCK_TIMEOUT_MS = 5000
+"""How long a write waits for the one before it."""
+STOPPED_MS = 1000
+"""A process that says nothing for so long in the middle of a write was stopped or cut off; writes take milliseconds."""
+UPGRADE_TIMEOUT_MS = 60_000
+UPGRADE_LOCK = 0x506C6175646974
+"""Any number that nothing else in the database locks: "Plaudit" in ASCII."""
 
 log = structlog.get_logger()
 
@@ -193,6 +201,65 @@ def transaction(engine: Engine) -> Iterator[Connection]:
             yield db
     except SQLAlchemyError as exc:
         raise NotDurable(f"the registry's database does not answer: {exc.__cause__ or exc}", retry_after_s=2) from exc
+
+
+@contextlib.contextmanager
+def moment(engine: Engine) -> Iterator[Connection]:
+    """Reads that all see one moment of the database, however many they are. Raises NotDurable where it does not answer.
+
+    By themselves both databases would show each statement what was committed until then: half of a change made meanwhile.
+    """
+    try:
+        with engine.connect() as db:
+            if engine.dialect.name == "sqlite":
+                db.exec_driver_sql("BEGIN")
+            else:
+                db = db.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            yield db
+    except SQLAlchemyError as exc:
+        raise NotDurable(f"the registry's database does not answer: {exc.__cause__ or exc}", retry_after_s=2) from exc
+
+
+@contextlib.contextmanager
+def alone(engine: Engine, lock: Update) -> Iterator[Connection]:
+    """A transaction that first updates a row which all of its kind update: they run one after another, so what one reads stays true until
+    it commits. SQLite takes its write lock with that statement, PostgreSQL the row's. Raises NotDurable, and then nothing was written.
+
+    PostgreSQL ends the session of a process that was stopped in the middle, so that the others do not wait for it; a process stopped while
+    it holds SQLite's lock is waited for until the busy timeout, at every try.
+    """
+    try:
+        with engine.begin() as db:
+            if engine.dialect.name == "postgresql":
+                db.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
+                db.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {STOPPED_MS}")
+            db.execute(lock)
+            yield db
+    except SQLAlchemyError as exc:
+        raise NotDurable(f"the registry's database could not be written: {exc.__cause__ or exc}", retry_after_s=2) from exc
+
+
+@contextlib.contextmanager
+def upgrading(engine: Engine) -> Iterator[Connection]:
+    """A transaction of its own for changing tables: one process at a time, all or nothing. Raises NotDurable."""
+    try:
+        with engine.begin() as db:
+            if engine.dialect.name == "sqlite":
+                db.exec_driver_sql("BEGIN IMMEDIATE")
+            else:
+                db.exec_driver_sql(f"SET LOCAL lock_timeout = {UPGRADE_TIMEOUT_MS}")
+                db.exec_driver_sql(f"SELECT pg_advisory_xact_lock({UPGRADE_LOCK})")
+            yield db
+    except SQLAlchemyError as exc:
+        raise NotDurable(f"the registry's database could not be upgraded: {exc.__cause__ or exc}", retry_after_s=2) from exc
+
+
+def now_ms(db: Connection) -> int:
+    """Unix milliseconds by the database's clock, which is one for all processes, whatever their own say."""
+    # clock_timestamp() and not now(): a transaction that waited for a lock would see the time before it waited.
+    postgres = "SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)"
+    sqlite = "SELECT CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER)"
+    return int(db.exec_driver_sql(sqlite if db.dialect.name == "sqlite" else postgres).scalar_one())
 
 
 def truncate_wal(db: sqlite3.Connection, what: str, timeout_s: float = 20.0) -> None:

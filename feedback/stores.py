@@ -9,7 +9,7 @@ import hashlib
 import os
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -123,10 +123,11 @@ class Stores:
         os.close(self._claim)
 
 
-def open_stores(settings: Settings, process: str = "gateway") -> Stores:
+def open_stores(settings: Settings, process: str = "gateway", upgrade: Callable[[Engine], None] | None = None) -> Stores:
     """Open or create everything in the data folder. Raises ConfigError, or NotDurable where the disk will not take it.
 
-    The process writes partition `log/<process>.sqlite`, or `<process>-1`, ... where others of its kind are running.
+    The process writes partition `log/<process>.sqlite`, or `<process>-1`, ... where others of its kind are running. `upgrade` brings the
+    registry's database up to date before anything reads it.
     """
     data_dir = settings.feedback.data_dir
     if settings.feedback.ack == "broker" and settings.kafka.bootstrap is None:
@@ -138,6 +139,8 @@ def open_stores(settings: Settings, process: str = "gateway") -> Stores:
     except OSError as exc:
         raise ConfigError(f"feedback.data_dir {data_dir} cannot be used: {exc.strerror}", field="feedback.data_dir") from exc
     engine = open_database(settings.registry.resolved(data_dir))
+    if upgrade is not None:
+        upgrade(engine)
     subjects = Subjects(engine, kek, pseudonym)
     logs = SqliteLogs(data_dir / "log")
     clock = HybridClock()

@@ -1,10 +1,12 @@
-"""The registry's promises: compare-and-swap, one leader, one transaction for change, audit and event, and words for refusals."""
+"""The registry's promises on either database: compare-and-swap, one leader, one transaction for change, audit and event, and words for
+refusals."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event, text
@@ -13,17 +15,10 @@ from deploy.manifest import vllm_name
 from deploy.registry import Registry
 from deploy.tables import metadata
 from feedback import audit
-from feedback.database import create_tables, open_database
+from feedback.database import create_tables
 from feedback.errors import Conflict, InvalidInput, NotDurable, NotFound
 
 MakeAdapter = Callable[[Path, Path, int], tuple[str, Path]]
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Engine]:
-    engine = open_database(f"sqlite:///{tmp_path / 'registry.sqlite'}")
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture
@@ -59,7 +54,13 @@ def test_a_first_start_that_cannot_be_written_is_one_clear_error(database: Engin
         create_tables(database, tables)
     database.dispose()
     # As on a full disk: the tables are there, and nothing more is taken.
-    event.listen(database, "connect", lambda connection, _: connection.execute("PRAGMA query_only=ON"))
+    readonly = "PRAGMA query_only=ON" if database.dialect.name == "sqlite" else "SET default_transaction_read_only = on"
+
+    @event.listens_for(database, "connect")
+    def refuse(connection: Any, _: object) -> None:
+        connection.execute(readonly)
+        connection.commit()
+
     with pytest.raises(NotDurable, match="registry's database"):
         Registry(database)
 
