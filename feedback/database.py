@@ -214,7 +214,7 @@ def moment(engine: Engine) -> Iterator[Connection]:
             if engine.dialect.name == "sqlite":
                 db.exec_driver_sql("BEGIN")
             else:
-                db = db.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+                db = db.execution_options(isolation_level="REPEATABLE READ")
             yield db
     except SQLAlchemyError as exc:
         raise NotDurable(f"the registry's database does not answer: {exc.__cause__ or exc}", retry_after_s=2) from exc

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from postgres_world import Postgres, binaries
 from sqlalchemy import Engine
 
 from feedback.database import open_database
-from tests.deploy.postgres_world import Postgres, binaries
 
 
 @pytest.fixture(scope="session")

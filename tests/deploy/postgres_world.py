@@ -29,6 +29,7 @@ class Postgres:
         self._bin = bin_dir
         # Not pytest's folder: root's, and the server refuses to run as root.
         self.folder = Path(tempfile.mkdtemp(prefix="plaudit-postgres-"))
+        self._url = f"postgresql+psycopg://postgres@/postgres?host={self.folder}"
         self._numbers = itertools.count()
         try:
             if os.getuid() == 0:
@@ -40,17 +41,14 @@ class Postgres:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
-    def url(self, database: str = "postgres") -> str:
-        return f"postgresql+psycopg://postgres@/{database}?host={self.folder}"
-
     def new(self) -> str:
-        """The URL of an empty database."""
+        """The URL of an empty schema, which is all that one test sees."""
         name = f"test_{next(self._numbers)}"
-        engine = create_engine(self.url(), isolation_level="AUTOCOMMIT")
-        with engine.connect() as db:
-            db.exec_driver_sql(f"CREATE DATABASE {name}")
+        engine = create_engine(self._url)
+        with engine.begin() as db:
+            db.exec_driver_sql(f"CREATE SCHEMA {name}")
         engine.dispose()
-        return self.url(name)
+        return f"{self._url}&options=-csearch_path%3D{name}"
 
     def stop(self) -> None:
         self._run("pg_ctl", "-D", str(self.folder / "data"), "-w", "-m", "immediate", "stop")

@@ -1,0 +1,90 @@
+"""The database's version: revisions make what the rooms declare, one process at a time, all or nothing, and never a newer one's tables."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Engine, event, inspect, text
+
+from deploy import tables
+from deploy.registry import Registry
+from deploy.schema import upgrade
+from feedback import audit, erasure, keys, subjects
+from feedback.database import create_tables, ensure_row, open_database
+from feedback.errors import ConfigError, NotDurable
+
+ROOMS = [tables.metadata, audit.metadata, keys.metadata, subjects.metadata, erasure.metadata]
+
+
+def revision(database: Engine) -> list[str]:
+    with database.connect() as db:
+        return [row[0] for row in db.execute(text("SELECT version_num FROM alembic_version"))]
+
+
+def test_revisions_make_what_the_rooms_declare(database: Engine) -> None:
+    upgrade(database)
+    with database.connect() as db:
+        assert compare_metadata(MigrationContext.configure(db, opts={"compare_type": True}), ROOMS) == []
+        # Negative control: a table that no revision makes is seen.
+        missing = compare_metadata(MigrationContext.configure(db), [*ROOMS[1:]])
+    assert {change[1].name for change in missing if change[0] == "remove_table"} == set(tables.metadata.tables)
+
+
+def test_a_database_from_before_revisions_keeps_what_it_holds(database: Engine) -> None:
+    for metadata in ROOMS[:2]:
+        create_tables(database, metadata)
+    ensure_row(database, tables.facts, "name", {"name": "version", "value": 41})
+    upgrade(database)
+    assert revision(database) == ["0001"]
+    with database.connect() as db:
+        assert db.execute(text("SELECT value FROM registry_facts WHERE name = 'version'")).scalar_one() == 41
+    assert {table for metadata in ROOMS for table in metadata.tables} <= set(inspect(database).get_table_names())
+
+
+def test_a_newer_versions_database_is_refused_by_name(database: Engine) -> None:
+    Registry(database)
+    with database.begin() as db:
+        db.execute(text("UPDATE alembic_version SET version_num = '0042_from_tomorrow'"))
+    with pytest.raises(ConfigError, match=r"of revision 0042_from_tomorrow, this version of Plaudit knows up to 0001: a newer one has"):
+        Registry(database)
+
+
+def test_processes_that_start_at_once_upgrade_once(database_url: str) -> None:
+    problems: list[Exception] = []
+    together = threading.Barrier(4)
+
+    def start() -> None:
+        engine = open_database(database_url)
+        try:
+            together.wait()
+            Registry(engine)
+        except Exception as exc:  # noqa: BLE001  the main thread tells it
+            problems.append(exc)
+        finally:
+            engine.dispose()
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine = open_database(database_url)
+    assert problems == [] and revision(engine) == ["0001"]
+    engine.dispose()
+
+
+def test_an_upgrade_that_fails_in_the_middle_leaves_nothing(database: Engine) -> None:
+    def full(conn: object, cursor: object, statement: str, *_: object) -> tuple[str, object]:
+        # As on a full disk, after some tables are there.
+        return ("SELECT nothing" if "CREATE TABLE outbox" in statement else statement, _[0])
+
+    event.listen(database, "before_cursor_execute", full, retval=True)
+    with pytest.raises(NotDurable, match="could not be upgraded"):
+        upgrade(database)
+    assert inspect(database).get_table_names() == []
+    event.remove(database, "before_cursor_execute", full)
+    upgrade(database)
+    assert revision(database) == ["0001"]
