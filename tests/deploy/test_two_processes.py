@@ -4,6 +4,7 @@ but the database's counts, and one that is killed between two statements leaves 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from postgres_world import Postgres
 from sqlalchemy import Engine, MetaData, event, select
 
 from deploy import registry as registry_module
@@ -131,12 +133,14 @@ def test_an_adapter_registered_twice_at_once_is_one(database: Engine, database_u
 
 def test_a_routing_table_is_of_one_moment(one: Registry, two: Registry, database: Engine, adapters: list[tuple[str, Path]]) -> None:
     rollout = awaiting(one, adapters[1][0])
-    before, moved = one.routing(), []
+    before = one.routing()
+    moved: list[bool] = []
 
     @event.listens_for(database, "after_cursor_execute")
     def promote(conn: object, cursor: object, statement: str, *_: object) -> None:
         if "registry_facts" in statement and not moved:  # the version is read, the aliases are not
-            moved.append(two.promote(rollout, "mara"))
+            moved.append(True)
+            two.promote(rollout, "mara")
 
     assert one.routing() == before and moved
     assert one.routing().stable.adapter == adapters[1][0]
@@ -196,42 +200,43 @@ def test_a_wrong_clock_neither_takes_the_lease_nor_keeps_it(
 # --- one transaction, whatever kills it -----------------------------------------------------------------------------
 
 
-def changes(adapters: list[tuple[str, Path]]) -> dict[str, tuple[Change | None, Change]]:
-    """Every change by name: what comes before it, and the change."""
+def reach(registry: Registry, stage: str, base: str, adapter: str) -> None:
+    """From nothing to where an adapter is at this stage."""
+    stages = ["nothing", "stable", "gates", "canary", "awaiting", "promoted"]
+    epoch = registry.lease("controller", "one", 60) or 0
+    steps: list[Callable[[], object]] = [
+        lambda: registry.start_with(base, "system"),
+        lambda: registry.begin_rollout(adapter, "controller", epoch),
+        lambda: registry.start_canary(running(registry), 0.25, [], "controller", epoch),
+        lambda: registry.await_approval(running(registry), [], "won", "controller", epoch),
+        lambda: registry.promote(running(registry), "mara"),
+    ]
+    for step in steps[: stages.index(stage)]:
+        step()
+
+
+def running(registry: Registry) -> str:
+    found = registry.active_rollout()
+    assert found is not None
+    return found.id
+
+
+def changes(adapters: list[tuple[str, Path]]) -> dict[str, tuple[str, Change]]:
+    """Every change by name: the stage before it, and the change."""
     (base, _), (first, _), (second, path) = adapters
-
-    def canary(registry: Registry) -> None:
-        registry.start_canary(
-            registry.begin_rollout(first, "controller").id, 0.25, [], "controller", registry.lease("controller", "x", 60) or 0
-        )
-
-    def running(registry: Registry) -> str:
-        found = registry.active_rollout()
-        assert found is not None
-        return found.id
-
     return {
-        "start": (None, lambda registry: registry.start_with(base, "system")),
-        "register": (None, lambda registry: registry.register(second, path, "trainer")),
-        "attest": (None, lambda registry: registry.attest(first, "note", {"a": 1}, "trainer")),
-        "begin": (lambda r: r.start_with(base, "s"), lambda registry: registry.begin_rollout(first, "controller")),
-        "canary": (
-            lambda r: (r.start_with(base, "s"), r.lease("controller", "x", 60), r.begin_rollout(first, "c")),
-            lambda registry: registry.start_canary(running(registry), 0.25, [], "controller", 1),
-        ),
-        "await": (
-            lambda r: (r.start_with(base, "s"), canary(r)),
-            lambda registry: registry.await_approval(running(registry), [], "won", "controller", 1),
-        ),
-        "stop": (lambda r: (r.start_with(base, "s"), canary(r)), lambda registry: registry.end_rollout(running(registry), "no", "mara")),
-        "promote": (lambda r: (r.start_with(base, "s"), awaiting(r, first)), lambda registry: registry.promote(running(registry), "mara")),
-        "rollback": (
-            lambda r: (r.start_with(base, "s"), r.promote(awaiting(r, first), "mara")),
-            lambda registry: registry.rollback("mara", "bad"),
-        ),
-        "stand by": (lambda r: r.start_with(base, "s"), lambda registry: registry.stand_by(first, "mara", "to be loaded")),
+        "start": ("nothing", lambda registry: registry.start_with(base, "system")),
+        "register": ("nothing", lambda registry: registry.register(second, path, "trainer")),
+        "attest": ("nothing", lambda registry: registry.attest(first, "note", {"a": 1}, "trainer")),
+        "stand by": ("stable", lambda registry: registry.stand_by(first, "mara", "to be loaded")),
+        "begin": ("stable", lambda registry: registry.begin_rollout(first, "controller", 1)),
+        "canary": ("gates", lambda registry: registry.start_canary(running(registry), 0.25, [], "controller", 1)),
+        "await": ("canary", lambda registry: registry.await_approval(running(registry), [], "won", "controller", 1)),
+        "stop": ("canary", lambda registry: registry.end_rollout(running(registry), "no", "controller", [], 1)),
+        "promote": ("awaiting", lambda registry: registry.promote(running(registry), "mara")),
+        "rollback": ("promoted", lambda registry: registry.rollback("mara", "bad")),
         "retire": (
-            lambda r: (r.start_with(base, "s"), r.promote(awaiting(r, first), "mara")),
+            "promoted",
             lambda registry: registry.withhold(first, {"reason": "erased"}, "system", retire=True, fallback=base),
         ),
     }
@@ -266,7 +271,7 @@ def killed(url: str, change: Change, kill_at: int | None = None) -> int:
     return int(told)
 
 
-NAMES = ["start", "register", "attest", "begin", "canary", "await", "stop", "promote", "rollback", "stand by", "retire"]
+NAMES = ["start", "register", "attest", "stand by", "begin", "canary", "await", "stop", "promote", "rollback", "retire"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -276,15 +281,14 @@ def test_a_change_is_one_transaction_with_its_audit_row_and_its_event(
     registry = Registry(database)
     for adapter, path in adapters[: 2 if name == "register" else 3]:
         registry.register(adapter, path, "trainer")
-    prepare, change = changes(adapters)[name]
-    if prepare is not None:
-        prepare(registry)
+    stage, change = changes(adapters)[name]
+    reach(registry, stage, adapters[0][0], adapters[1][0])
     registry.mark_sent(registry.unsent())
     before, version = everything(database), registry_version(registry)
     database.dispose()  # SQLite's connections do not outlive a fork
     total = killed(database_url, change)
     assert everything(database) == before, f"killed before its commit, after {total} statements"
-    for kill_at in range(1, total + 1) if name == "promote" else [total // 2]:
+    for kill_at in range(1, total + 1, 3) if name == "promote" else [total // 2]:
         database.dispose()
         assert killed(database_url, change, kill_at) == kill_at - 1
         assert everything(database) == before, f"killed before statement {kill_at} of {total}"
@@ -321,3 +325,33 @@ def test_half_a_change_would_be_seen(database: Engine, database_url: str, adapte
 def registry_version(registry: Registry) -> int:
     with registry._read() as db:
         return int(db.exec_driver_sql("SELECT value FROM registry_facts WHERE name = 'version'").scalar_one())
+
+
+def test_a_leader_stopped_in_the_middle_of_a_write_delays_a_rollback_by_a_second(
+    postgres: Postgres, adapters: list[tuple[str, Path]]
+) -> None:
+    url = postgres.new()
+    engine = open_database(url)
+    registry = Registry(engine)
+    for adapter, path in adapters[:2]:
+        registry.register(adapter, path, "trainer")
+    registry.start_with(adapters[0][0], "system")
+    registry.promote(awaiting(registry, adapters[1][0]), "mara")
+    child = os.fork()
+    if child == 0:
+        try:
+            own = open_database(url)
+            stopped = Registry(own)
+            event.listen(own, "commit", lambda _: os.kill(os.getpid(), signal.SIGSTOP))
+            stopped.note("", "", [])
+        finally:
+            os._exit(1)
+    try:
+        assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+        began = time.monotonic()
+        assert registry.rollback("mara", "bad") == adapters[0][0]
+        assert time.monotonic() - began < 4, "without the timeout it would wait for as long as the other is stopped"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        engine.dispose()
