@@ -15,7 +15,7 @@ COPY examples examples
 
 FROM source AS gateway
 # From the lock the core's packages only, each at the lock's version: the lock constrains, pyproject.toml says what is needed.
-RUN pip install --no-cache-dir --constraint requirements.lock ".[kafka]" \
+RUN pip install --no-cache-dir --constraint requirements.lock ".[kafka,postgres]" \
     && useradd --system --uid 10001 --home-dir /plaudit plaudit \
     && install --directory --owner=plaudit /plaudit/data
 USER 10001

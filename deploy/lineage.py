@@ -57,8 +57,10 @@ def affected(stores: Stores, registry: Registry, subject: str) -> Affected:
         cycles.add(folder.name)
         models |= _reward_model(folder)
     adapters = set()
-    for path in {record.path for record in registry.adapters()} | set((data_dir / "adapters").glob("*")):
-        if (path / MANIFEST).exists() and (manifest := read_manifest(path)).snapshot in held:
+    # Registered ones may have been made on another machine, folders may not be registered yet.
+    known = [record.manifest for record in registry.adapters() if record.manifest_json or (record.path / MANIFEST).exists()]
+    for manifest in [*known, *(read_manifest(path.parent) for path in (data_dir / "adapters").glob(f"*/{MANIFEST}"))]:
+        if manifest.snapshot in held:
             adapters.add(manifest.adapter_id)
             models |= {manifest.reward_model} if manifest.reward_model else set()
     found = (tuple(sorted(each)) for each in (held, cycles, models, adapters))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from deploy.manifest import Manifest, read_manifest
 from feedback.events import Model
@@ -26,10 +26,13 @@ class AdapterRecord(Model):
     registered_ms: int
     reason: str
     """Why it is in this state."""
+    manifest_json: dict[str, JsonValue] | None = Field(default=None, exclude=True, repr=False)
+    """None where it was registered before the registry kept manifests."""
 
     @property
     def manifest(self) -> Manifest:
-        return read_manifest(self.path)
+        """What it is. Raises NotFound and Conflict as `read_manifest` does, where only its folder knows."""
+        return read_manifest(self.path) if self.manifest_json is None else Manifest.model_validate(self.manifest_json)
 
 
 class Attestation(Model):

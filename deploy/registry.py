@@ -59,11 +59,11 @@ class Registry:
                 raise InvalidInput(f"{path} holds adapter {manifest.adapter_id[:16]}, not {adapter_id[:16]}", field="adapter")
             if self._store is not None:
                 self._store.put(path)
-            values = {"kind": manifest.kind, "temperature": manifest.temperature, "state": "candidate", "reason": "registered"}
+            about = {"kind": manifest.kind, "temperature": manifest.temperature, "manifest_json": manifest.model_dump(mode="json")}
+            state = {"state": "candidate", "reason": "registered", "path": str(path.resolve()), "registered_by": by}
             with self._write() as db:
                 if db.execute(there).first() is None:  # nobody was faster
-                    values |= {"id": adapter_id, "path": str(path.resolve()), "registered_by": by, "registered_ms": now_ms(db)}
-                    db.execute(insert(adapters).values(**values))
+                    db.execute(insert(adapters).values(id=adapter_id, registered_ms=now_ms(db), **about, **state))
                     self._emit(db, AdapterEvent(**self._head(), type="adapter.registered", adapter=adapter_id, actor=by))
                     self._record(db, by, "adapter.registered", adapter_id, manifest.kind)
         return self.adapter(adapter_id)

@@ -1,4 +1,4 @@
-"""The registry's tables. Portable between SQLite and PostgreSQL."""
+"""The registry's tables. Portable between SQLite and PostgreSQL. A change here comes with a revision in `migrations/versions/`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ adapters = Table(
     Column("registered_by", String(200), nullable=False),
     Column("registered_ms", BigInteger, nullable=False),
     Column("reason", String, nullable=False),
+    Column("manifest_json", JSON, nullable=True),
 )
 attestations = Table(
     "attestations",

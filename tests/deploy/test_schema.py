@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import runpy
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Column, Engine, Integer, MetaData, Table, event, inspect, text
+from sqlalchemy import Column, Engine, Integer, MetaData, Table, event, insert, inspect, text
 
 from deploy import tables
 from deploy.registry import Registry
-from deploy.schema import upgrade
+from deploy.schema import MIGRATIONS, upgrade
 from feedback import audit, erasure, keys, subjects
-from feedback.database import create_tables, ensure_row, open_database
+from feedback.database import open_database
 from feedback.errors import ConfigError, NotDurable
 
+NEWEST = "0002"
 ROOMS = [tables.metadata, audit.metadata, keys.metadata, subjects.metadata, erasure.metadata]
 
 
@@ -45,14 +49,23 @@ def test_revisions_make_what_the_rooms_declare(database: Engine) -> None:
         assert sorted(change[0] for change in compare_metadata(context, more)) == ["add_column", "add_table"]
 
 
-def test_a_database_from_before_revisions_keeps_what_it_holds(database: Engine) -> None:
-    for metadata in ROOMS[:2]:
-        create_tables(database, metadata)
-    ensure_row(database, tables.facts, "name", {"name": "version", "value": 41})
-    upgrade(database)
-    assert revision(database) == ["0001"]
+def test_a_database_from_before_revisions_keeps_what_it_holds(
+    database: Engine, tmp_path: Path, tiny_policy: Path, make_adapter: Callable[[Path, Path, int], tuple[str, Path]]
+) -> None:
+    adapter, path = make_adapter(tiny_policy, tmp_path / "adapters", 1)
+    first = runpy.run_path(str(MIGRATIONS / "versions" / "r0001_tables.py"))["metadata"]
+    first.create_all(database, tables=[table for name, table in first.tables.items() if name not in audit.metadata.tables])
+    with database.begin() as db:
+        db.execute(text("INSERT INTO registry_facts VALUES ('version', 41)"))
+        row = {"id": adapter, "path": str(path), "kind": "trained", "temperature": 1.0, "state": "candidate"}
+        db.execute(insert(first.tables["adapters"]).values(**row, registered_by="trainer", registered_ms=1, reason="registered"))
+    registry = Registry(database)
+    assert revision(database) == [NEWEST]
+    record = registry.adapter(adapter)
+    assert record.registered_by == "trainer" and record.manifest.adapter_id == adapter, "its manifest is read from its folder"
+    registry.attest(adapter, "note", {}, "trainer")
     with database.connect() as db:
-        assert db.execute(text("SELECT value FROM registry_facts WHERE name = 'version'")).scalar_one() == 41
+        assert db.execute(text("SELECT value FROM registry_facts WHERE name = 'version'")).scalar_one() == 42
     assert {table for metadata in ROOMS for table in metadata.tables} <= set(inspect(database).get_table_names())
 
 
@@ -60,7 +73,7 @@ def test_a_newer_versions_database_is_refused_by_name(database: Engine) -> None:
     Registry(database)
     with database.begin() as db:
         db.execute(text("UPDATE alembic_version SET version_num = '0042_from_tomorrow'"))
-    with pytest.raises(ConfigError, match=r"of revision 0042_from_tomorrow, this version of Plaudit knows up to 0001: a newer one has"):
+    with pytest.raises(ConfigError, match=r"of revision 0042_from_tomorrow, this version of Plaudit knows up to 0002: a newer one has"):
         Registry(database)
 
 
@@ -84,7 +97,7 @@ def test_processes_that_start_at_once_upgrade_once(database_url: str) -> None:
     for thread in threads:
         thread.join()
     engine = open_database(database_url)
-    assert problems == [] and revision(engine) == ["0001"]
+    assert problems == [] and revision(engine) == [NEWEST]
     engine.dispose()
 
 
@@ -99,4 +112,4 @@ def test_an_upgrade_that_fails_in_the_middle_leaves_nothing(database: Engine) ->
     assert inspect(database).get_table_names() == []
     event.remove(database, "before_cursor_execute", full)
     upgrade(database)
-    assert revision(database) == ["0001"]
+    assert revision(database) == [NEWEST]

@@ -121,6 +121,7 @@ def test_a_replica_elsewhere_gets_it_by_digest_and_waits_for_nobody(
     fs, root = fsspec.url_to_fs(place)
     fs.rm(f"{root}/{gone}", recursive=True)
     there = Registry(database, store=AdapterStore(place, tmp_path / "replica"))
+    assert there.adapter(stable).manifest.adapter_id == stable, "what it is stands in the registry"
     end = time.monotonic() + 20
     while vllm_name(stable) not in (wanted := there.wanted()):
         assert time.monotonic() < end
