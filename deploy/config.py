@@ -67,6 +67,8 @@ class EngineSettings(Section):
     """How long a start may take before it counts as failed."""
     shutdown_timeout_s: int = Field(default=10, ge=0)
     """How long answers may go on after a request to stop."""
+    adapter_public_key: Path | None = None
+    """PEM file; set: only adapters signed with its private key are loaded (OpenSSF model signing, extra `signing`)."""
 
 
 class RolloutSettings(Section):

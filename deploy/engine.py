@@ -6,12 +6,14 @@ import asyncio
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 from feedback.errors import EngineRefused, EngineUnavailable
 from feedback.events import new_id
@@ -31,6 +33,9 @@ class Engine(Protocol):
 
     async def models(self) -> dict[str, Path]:
         """The names of the adapters that are loaded, each with the folder that it was loaded from."""
+
+    async def in_flight(self) -> set[str] | None:
+        """The names of adapters that answers are being written with or wait for; None where the server does not say."""
 
     async def load(self, name: str, path: Path) -> None:
         """Load an adapter's folder under a name. A name that is loaded already stays as it is."""
@@ -67,6 +72,11 @@ class VLLM:
         async with self._request("GET", "/v1/models") as reply:
             listed = await self._json(reply)
         return {str(model["id"]): Path(model["root"]) for model in listed["data"] if model.get("parent")}
+
+    async def in_flight(self) -> set[str] | None:
+        async with self._request("GET", "/metrics") as reply:
+            with self._translated():
+                return _in_flight(await reply.text())
 
     async def load(self, name: str, path: Path) -> None:
         # Never load_inplace: vLLM then reads the files again at every step.
@@ -164,6 +174,23 @@ class VLLM:
             raise EngineUnavailable(f"the model server at {self.url} does not answer ({type(exc).__name__})", retry_after_s=2) from exc
 
 
+def _in_flight(metrics: str) -> set[str] | None:
+    """From vLLM's metrics. Names stand in the labels of a gauge whose value is the time; old label sets stay, so the newest counts, and
+    only while anything runs at all: after the last answer nothing writes a newer one."""
+    requests: float | None = None
+    newest, names = 0.0, ""
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            if sample.name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
+                requests = (requests or 0.0) + sample.value
+            elif sample.name == "vllm:lora_requests_info" and sample.value >= newest:
+                newest = sample.value
+                names = f"{sample.labels['running_lora_adapters']},{sample.labels['waiting_lora_adapters']}"
+    if requests is None or (requests and not newest):
+        return None
+    return {name for name in names.split(",") if name} if requests else set()
+
+
 Answers = Callable[[str, Sequence[Mapping[str, Any]]], str]
 """(name of the adapter, messages) -> answer; may raise an EngineError to fail this one."""
 
@@ -180,6 +207,7 @@ class Scripted:
         """False: behaves like a server that is down."""
         self.streams_open = 0
         """Answers being written now; 0 once clients that left were noticed."""
+        self._writing: Counter[str] = Counter()
 
     async def ready(self) -> bool:
         return self.up
@@ -187,6 +215,10 @@ class Scripted:
     async def models(self) -> dict[str, Path]:
         self._check_up()
         return dict(self.loaded)
+
+    async def in_flight(self) -> set[str] | None:
+        self._check_up()
+        return {name for name, count in self._writing.items() if count}
 
     async def load(self, name: str, path: Path) -> None:
         self._check_up()
@@ -202,10 +234,12 @@ class Scripted:
     async def stream(self, body: Body, headers: Mapping[str, str] | None = None) -> AsyncIterator[AsyncIterator[Chunk]]:
         answers = self._write(body)
         self.streams_open += 1
+        self._writing[str(body["model"])] += 1
         try:
             yield self._chunks(body, answers)
         finally:
             self.streams_open -= 1
+            self._writing[str(body["model"])] -= 1
 
     async def complete(self, body: Body) -> dict[str, Any]:
         answers = self._write(body)

@@ -264,7 +264,8 @@ def peft_config(rank: int, alpha: int) -> dict[str, JsonValue]:
     }
 
 
-def _zero_change(config: Mapping[str, JsonValue], rank: int) -> dict[str, np.ndarray[tuple[int, int], np.dtype[np.float32]]]:
+def linear_shapes(config: Mapping[str, object]) -> tuple[int, dict[str, tuple[int, int]]]:
+    """How many layers a model laid out like Llama has, and for each linear layer of a block (inputs, outputs)."""
     sizes = {key: value for key, value in config.items() if isinstance(value, int)}
     try:
         hidden, heads, layers, inner = (
@@ -276,7 +277,7 @@ def _zero_change(config: Mapping[str, JsonValue], rank: int) -> dict[str, np.nda
         ) from exc
     head = sizes.get("head_dim", hidden // heads)
     keys = sizes.get("num_key_value_heads", heads) * head
-    shapes = {
+    return layers, {
         "q_proj": (hidden, heads * head),
         "k_proj": (hidden, keys),
         "v_proj": (hidden, keys),
@@ -285,6 +286,10 @@ def _zero_change(config: Mapping[str, JsonValue], rank: int) -> dict[str, np.nda
         "up_proj": (hidden, inner),
         "down_proj": (inner, hidden),
     }
+
+
+def _zero_change(config: Mapping[str, JsonValue], rank: int) -> dict[str, np.ndarray[tuple[int, int], np.dtype[np.float32]]]:
+    layers, shapes = linear_shapes(config)
     draw = np.random.default_rng(0)
     tensors = {}
     for layer in range(layers):

@@ -1,4 +1,4 @@
-"""One model server and the adapters that it holds: started, watched, restarted, and given only what was verified.
+"""One model server and the adapters that it holds: started, watched, restarted, and given only what was checked.
 
 `VllmServer` is the process, `ReplicaAgent` the loop beside it. The agent also works beside a server that somebody else
 started, and beside the scripted engine: then there is no process to watch.
@@ -23,7 +23,8 @@ import structlog
 from deploy import process
 from deploy.config import EngineSettings
 from deploy.engine import Engine
-from deploy.manifest import base_config, verify, vllm_name
+from deploy.loading import Intake
+from deploy.manifest import base_config, vllm_name
 from feedback.errors import ConfigError, Conflict, EngineError, EngineUnavailable, PlauditError
 
 Progress = Callable[[str, float], None]
@@ -232,17 +233,20 @@ class ReplicaAgent:
         wanted: Callable[[], dict[str, Path]],
         held: Callable[[set[str]], None],
         drain_s: float,
+        intake: Intake,
         *,
         tick_s: float = 0.2,
         report_s: float = 2.0,
     ) -> None:
         """`wanted` says which names should be loaded from which folders, `held` hears which are: at every change and every
-        `report_s`. Both may wait for a database; they run in a thread."""
-        self._engine, self._server, self._wanted, self._report = engine, server, wanted, held
+        `report_s`. Both may wait for a database; they run in a thread. The server is only ever told folders of `intake`."""
+        self._engine, self._server, self._wanted, self._report, self._intake = engine, server, wanted, held, intake
         self._drain_s, self._tick_s, self._report_s = drain_s, tick_s, report_s
         self.problems: dict[str, str] = {}
         """Why a wanted name is not held, in words."""
         self._verified: dict[str, Path] = {}
+        """Names that may be asked for, and the private folder of each."""
+        self._unused: dict[Path, float] = {}
         self._unwanted: dict[str, float] = {}
         self._retry: dict[str, float] = {}
         self._told: tuple[set[str], float] = (set(), float("-inf"))
@@ -277,27 +281,33 @@ class ReplicaAgent:
             await self._tell(set())
             raise
         self._heard = time.monotonic()
-        wanted = {name: path.resolve() for name, path in (await asyncio.to_thread(self._wanted)).items()}
-        self._verified = {name: path for name, path in self._verified.items() if loaded.get(name) == path}
-        for name, path in wanted.items():
+        wanted = await asyncio.to_thread(self._wanted)
+        # The server reads a folder again whenever it made room for others: one that was touched is not held any more.
+        self._verified = {
+            name: folder for name, folder in self._verified.items() if loaded.get(name) == folder and self._intake.unchanged(folder)
+        }
+        for name, source in wanted.items():
             self._unwanted.pop(name, None)
-            if self._verified.get(name) != path and time.monotonic() >= self._retry.get(name, 0.0):
-                await self._take(name, path, loaded)
+            if name not in self._verified and time.monotonic() >= self._retry.get(name, 0.0):
+                await self._take(name, source, loaded)
                 await self._tell(set(self._verified))
         await self._forget(loaded, wanted)
         self.problems = {name: problem for name, problem in self.problems.items() if name in wanted}
         await self._tell(set(self._verified))
 
-    async def _take(self, name: str, path: Path, loaded: dict[str, Path]) -> None:
-        """Verify a folder and load exactly that folder; a name that was loaded from another one is loaded again."""
+    async def _take(self, name: str, source: Path, loaded: dict[str, Path]) -> None:
+        """Check an adapter, load exactly what was checked, and look again: a name that was loaded from elsewhere is loaded anew."""
         try:
-            adapter_id = await asyncio.to_thread(verify, path)
-            own = vllm_name(adapter_id)
+            own = vllm_name(source.name)
             if name != own and not name.startswith(f"{own}-b"):
-                raise Conflict(f"{name} is wanted from the folder of adapter {adapter_id[:16]}, whose name is {own}")
-            if name in loaded and loaded[name] != path:
+                raise Conflict(f"{name} is wanted from the folder of adapter {source.name[:16]}, whose name is {own}")
+            folder = await asyncio.to_thread(self._intake.take, source)
+            if name in loaded and loaded[name] != folder:
                 await self._engine.unload(name)
-            await self._engine.load(name, path)
+            await self._engine.load(name, folder)
+            if not self._intake.unchanged(folder):
+                await self._engine.unload(name)
+                raise Conflict(f"adapter {source.name[:16]}: {folder} was changed while the server loaded it; it is taken again")
         except (PlauditError, OSError) as exc:
             self._verified.pop(name, None)
             self._retry[name] = time.monotonic() + 5.0
@@ -305,21 +315,35 @@ class ReplicaAgent:
                 log.error("adapter not loaded", name=name, problem=str(exc))
             self.problems[name] = str(exc)
         else:
-            self._verified[name] = path
+            self._verified[name] = folder
             self.problems.pop(name, None)
             self._retry.pop(name, None)
 
     async def _forget(self, loaded: dict[str, Path], wanted: dict[str, Path]) -> None:
+        """Unload what nobody has wanted for `drain_s` and nobody has in flight; delete its folder as long again after that."""
         now = time.monotonic()
-        for name in loaded.keys() - wanted.keys():
-            if now - self._unwanted.setdefault(name, now) < self._drain_s:
-                continue
+        leaving = loaded.keys() - wanted.keys()
+        self._unwanted = {name: self._unwanted.get(name, now) for name in leaving}
+        kept = await asyncio.to_thread(self._intake.kept)
+        unused = set(kept) - set(loaded.values()) - set(self._verified.values())
+        self._unused = {folder: self._unused.get(folder, now) for folder in unused}
+        due = [name for name, since in self._unwanted.items() if now - since >= self._drain_s]
+        over = [folder for folder, since in self._unused.items() if now - since >= self._drain_s]
+        if not due and not over:
+            return
+        writing = await self._engine.in_flight() or set()
+        for name in set(due) - writing:
             # Told first, so that nobody is sent to a name that is about to go. Answers being written go on.
             self._verified.pop(name, None)
             await self._tell(set(self._verified))
             await self._engine.unload(name)
             del self._unwanted[name]
-        self._unwanted = {name: since for name, since in self._unwanted.items() if name not in wanted}
+        # The server may read the folder of an answer that is still being written, and ends where it is gone.
+        busy = {name.split("-")[1] for name in writing if name.startswith("a-")}
+        for folder in over:
+            if folder.name[:16] not in busy:
+                await asyncio.to_thread(self._intake.drop, folder)
+                del self._unused[folder]
 
     async def _tell(self, names: set[str]) -> None:
         told, when = self._told

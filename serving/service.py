@@ -18,10 +18,12 @@ from deploy import lineage
 from deploy.config import EngineSettings, GateSettings, RolloutSettings
 from deploy.controller import Controller
 from deploy.engine import VLLM, Engine, Scripted
-from deploy.manifest import ManifestFields, base_digests, identity_adapter
+from deploy.loading import Intake
+from deploy.manifest import ManifestFields, base_config, base_digests, identity_adapter
 from deploy.registry import Registry
 from deploy.replica import Progress, ReplicaAgent, VllmServer
 from deploy.rollout import Rollout
+from deploy.signing import Signatures
 from feedback.errors import ConfigError, PlauditError
 from feedback.stores import Stores
 from serving.app import create_app
@@ -52,6 +54,7 @@ class Service:
         self.data_dir = stores.settings.feedback.data_dir
         self.server: VllmServer | None = None
         self.engine: Engine | None = None
+        self.intake: Intake | None = None
 
     def prepare(self, policy: Path) -> None:
         """Check the settings, make the identity adapter the first stable, choose the engine."""
@@ -75,6 +78,14 @@ class Service:
         elif self.registry.adapter(stable).manifest.base != base:
             told = f"policy.base is {policy}, but the adapters in {self.data_dir} belong to another model"
             raise ConfigError(f"{told}; set it back, or choose a new feedback.data_dir", field="policy.base")
+        key = self.engine_settings.adapter_public_key
+        self.intake = Intake(
+            self.data_dir / "replica" / "adapters",
+            base,
+            base_config(policy),
+            self.engine_settings.max_lora_rank,
+            Signatures(key) if key else None,
+        )
         if self.engine_settings.kind == "scripted":
             self.engine = Scripted(echo)
         elif self.engine_settings.url:
@@ -86,7 +97,7 @@ class Service:
 
     async def run(self, progress: Progress, ready: Callable[[str], None]) -> int:
         """Serve until SIGINT or SIGTERM; returns the exit status. `ready` hears the address once stable is loaded."""
-        assert self.engine is not None, "prepare first"
+        assert self.engine is not None and self.intake is not None, "prepare first"
         held = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -95,7 +106,7 @@ class Service:
             if self.registry.routing().stable.name in names:
                 loop.call_soon_threadsafe(held.set)
 
-        agent = ReplicaAgent(self.engine, self.server, self.registry.wanted, report, self.rollout_settings.drain_s)
+        agent = ReplicaAgent(self.engine, self.server, self.registry.wanted, report, self.rollout_settings.drain_s, self.intake)
         judge = Rollout(self.registry, self.stores.archive, self.engine, self.rollout_settings, self.gate_settings)
         app = create_app(self.stores, self.registry, self.engine, self.gateway)
         listener = listen(self.gateway.server.host, self.gateway.server.port)

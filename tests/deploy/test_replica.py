@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from deploy.config import EngineSettings
 from deploy.engine import VLLM, Engine, Scripted
+from deploy.loading import Intake
 from deploy.manifest import WEIGHTS, vllm_name
 from deploy.replica import ReplicaAgent, VllmServer, fast_dtype
 from feedback.errors import ConfigError, EngineUnavailable, InvalidInput
@@ -48,8 +49,22 @@ def scripted() -> Scripted:
     return Scripted(lambda name, messages: f"{name} speaks")
 
 
-def agent(engine: Engine, table: Table, drain_s: float = 0.0) -> ReplicaAgent:
-    return ReplicaAgent(engine, None, table.wanted, table.report, drain_s, tick_s=0.01)
+def agent(engine: Engine, table: Table, intake: Intake, drain_s: float = 0.0) -> ReplicaAgent:
+    return ReplicaAgent(engine, None, table.wanted, table.report, drain_s, intake, tick_s=0.01)
+
+
+def sources(loaded: dict[str, Path]) -> dict[str, str]:
+    """For each name the adapter whose private copy the server was told."""
+    return {name: folder.name.partition("-")[0] for name, folder in loaded.items()}
+
+
+def ids(wanted: dict[str, Path]) -> dict[str, str]:
+    return {name: path.name for name, path in wanted.items()}
+
+
+@pytest.fixture
+def intake(tiny_policy: Path, tmp_path: Path) -> Intake:
+    return Intake.of(tiny_policy, tmp_path / "private", 8)
 
 
 @pytest.fixture
@@ -58,16 +73,16 @@ def two(tiny_policy: Path, make_adapter: MakeAdapter, tmp_path: Path) -> dict[st
     return {vllm_name(adapter_id): path for adapter_id, path in made}
 
 
-def test_it_loads_what_is_wanted_and_forgets_what_is_not(two: dict[str, Path]) -> None:
+def test_it_loads_what_is_wanted_and_forgets_what_is_not(two: dict[str, Path], intake: Intake) -> None:
     table, engine = Table(), scripted()
     first, second = two
     baseline = f"{first}-br1"
 
     async def check() -> None:
         table.names = {**two, baseline: two[first]}
-        task = asyncio.create_task(agent(engine, table).run())
+        task = asyncio.create_task(agent(engine, table, intake).run())
         await table.until(task, {first, second, baseline})
-        assert await engine.models() == table.names
+        assert sources(await engine.models()) == ids(table.names)
         del table.names[second]
         await table.until(task, {first, baseline})
         async with asyncio.timeout(5):
@@ -78,13 +93,13 @@ def test_it_loads_what_is_wanted_and_forgets_what_is_not(two: dict[str, Path]) -
     asyncio.run(check())
 
 
-def test_a_name_that_nobody_wants_stays_for_the_drain_time(two: dict[str, Path]) -> None:
+def test_a_name_that_nobody_wants_stays_for_the_drain_time(two: dict[str, Path], intake: Intake) -> None:
     table, engine = Table(), scripted()
     table.names = dict(two)
     first, second = two
 
     async def check() -> None:
-        replica = agent(engine, table, drain_s=3600.0)
+        replica = agent(engine, table, intake, drain_s=3600.0)
         await replica.step()
         del table.names[second]
         await replica.step()
@@ -94,7 +109,7 @@ def test_a_name_that_nobody_wants_stays_for_the_drain_time(two: dict[str, Path])
     asyncio.run(check())
 
 
-def test_damaged_weights_are_never_loaded(two: dict[str, Path]) -> None:
+def test_damaged_weights_are_never_loaded(two: dict[str, Path], intake: Intake) -> None:
     table, engine = Table(), scripted()
     first, second = two
     weights = two[second] / WEIGHTS
@@ -105,7 +120,7 @@ def test_damaged_weights_are_never_loaded(two: dict[str, Path]) -> None:
     table.names = dict(two)
 
     async def check() -> None:
-        replica = agent(engine, table)
+        replica = agent(engine, table, intake)
         await replica.step()
         assert set(await engine.models()) == {first} == table.held
         assert list(replica.problems) == [second]
@@ -114,33 +129,33 @@ def test_damaged_weights_are_never_loaded(two: dict[str, Path]) -> None:
     asyncio.run(check())
 
 
-def test_a_name_never_means_other_weights(two: dict[str, Path]) -> None:
+def test_a_name_never_means_other_weights(two: dict[str, Path], intake: Intake) -> None:
     table, engine = Table(), scripted()
     first, second = two
 
     async def check() -> None:
         # The folder is sound, but another adapter's.
         table.names = {first: two[second]}
-        replica = agent(engine, table)
+        replica = agent(engine, table, intake)
         await replica.step()
         assert await engine.models() == {} and "whose name is" in replica.problems[first]
         # Somebody else loaded the name from another folder: it is loaded again from the verified one.
         await engine.load(first, two[second])
         table.names = {first: two[first]}
-        replica = agent(engine, table)
+        replica = agent(engine, table, intake)
         await replica.step()
-        assert await engine.models() == {first: two[first].resolve()}
+        assert sources(await engine.models()) == {first: two[first].name}
         assert table.held == {first} and replica.problems == {}
 
     asyncio.run(check())
 
 
-def test_what_a_restarted_server_forgot_is_loaded_again(two: dict[str, Path]) -> None:
+def test_what_a_restarted_server_forgot_is_loaded_again(two: dict[str, Path], intake: Intake) -> None:
     table, engine = Table(), scripted()
     table.names = dict(two)
 
     async def check() -> None:
-        task = asyncio.create_task(agent(engine, table).run())
+        task = asyncio.create_task(agent(engine, table, intake).run())
         await table.until(task, set(two))
         engine.up = False
         await table.until(task, set())
@@ -148,13 +163,13 @@ def test_what_a_restarted_server_forgot_is_loaded_again(two: dict[str, Path]) ->
             engine.loaded.pop(name)
         engine.up = True
         await table.until(task, set(two))
-        assert await engine.models() == two
+        assert sources(await engine.models()) == ids(two)
         task.cancel()
 
     asyncio.run(check())
 
 
-def test_a_registry_that_is_away_changes_nothing(two: dict[str, Path]) -> None:
+def test_a_registry_that_is_away_changes_nothing(two: dict[str, Path], intake: Intake) -> None:
     table, engine = Table(), scripted()
     table.names = dict(two)
     away, failures = False, 0
@@ -173,7 +188,7 @@ def test_a_registry_that_is_away_changes_nothing(two: dict[str, Path]) -> None:
 
     async def check() -> None:
         nonlocal away
-        task = asyncio.create_task(ReplicaAgent(engine, None, wanted, table.report, 0.0, tick_s=0.01).run())
+        task = asyncio.create_task(ReplicaAgent(engine, None, wanted, table.report, 0.0, intake, tick_s=0.01).run())
         await table.until(task, set(two))
         away = True
         await failed_looks(3)
@@ -297,7 +312,9 @@ def test_a_killed_vllm_comes_back_with_its_adapters(vllm_concierge: VllmServer, 
 
     async def check() -> None:
         engine = VLLM(server.url)
-        task = asyncio.create_task(ReplicaAgent(engine, server, table.wanted, table.report, 60.0).run())
+        task = asyncio.create_task(
+            ReplicaAgent(engine, server, table.wanted, table.report, 60.0, Intake.of(server.policy, tmp_path / "private", 8)).run()
+        )
         try:
             await table.until(task, set(table.names))
             before, pid = await said(engine), server.pid

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from deploy.config import GateSettings, RolloutSettings
 from deploy.controller import Controller
 from deploy.engine import Scripted
+from deploy.loading import Intake
 from deploy.manifest import vllm_name
 from deploy.records import RolloutRecord
 from deploy.registry import Registry
@@ -52,7 +54,8 @@ class Ring:
         self.stores: Stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=folder)))
         self.registry = Registry(self.stores.engine)
         self.engine = Scripted(lambda name, messages: "Good evening to you.")
-        self.agent = ReplicaAgent(self.engine, None, self.registry.wanted, lambda names: self.registry.report_held("one", names), 0.0)
+        held = partial(self.registry.report_held, "one")
+        self.agent = ReplicaAgent(self.engine, None, self.registry.wanted, held, 0.0, Intake.of(policy, folder / "private", 8))
         self.rollout = Rollout(self.registry, self.stores.archive, self.engine, RolloutSettings(), GateSettings())
         self.controller = Controller(self.rollout, self.stores.log)
         self.base, path = make_adapter(policy, folder / "adapters", 0)
