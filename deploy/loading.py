@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
@@ -39,6 +40,10 @@ ID = re.compile(r"[0-9a-f]{64}")
 COPY = re.compile(r"[0-9a-f]{64}-[0-9a-f]{8}")
 TAKING = ".taking-"
 OTHERS_WRITE = 0o022
+TICK_NS = 12_000_000
+"""A file system's clock ticks every 1 to 10 ms."""
+SETTLE_LOOKS = 500
+"""At 2 ms each."""
 
 FOREIGN = (
     (
@@ -157,7 +162,7 @@ class Intake:
 
     def _judge(self, folder: Path, adapter_id: str) -> None:
         """Every check, on the private copy. Its stamp is taken before and compared after: nothing changed while it was read."""
-        before = _stamp(folder)
+        before = _settled(folder)
         what = f"adapter {adapter_id[:16]}"
         with _opened_folder(folder, what) as descriptor:
             _only_files(descriptor, what)
@@ -223,9 +228,10 @@ def _opened(folder: int, name: str, what: str) -> Iterator[BufferedReader]:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except OSError as exc:
         _no_entry(exc, f"{what}: {name}", "a plain file")
+    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        refuse(f"{what}: {name} is {stat.filemode(mode)!r}, a plain file was expected")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
-            refuse(f"{what}: {name} is {stat.filemode(mode)!r}, a plain file was expected")
         yield file
 
 
@@ -285,6 +291,16 @@ def _stamp(folder: Path) -> Stamp:
     except OSError:
         return ()
     return tuple(found)
+
+
+def _settled(folder: Path) -> Stamp:
+    """The stamp, once the file system's clock has ticked since the last change: any later one then shows."""
+    for _ in range(SETTLE_LOOKS):
+        stamp = _stamp(folder)
+        if all(ctime + TICK_NS < time.time_ns() for *_, ctime in stamp):
+            return stamp
+        time.sleep(0.002)
+    refuse(f"{folder} was changed in the future or goes on changing; set this machine's clock right")
 
 
 def _delete(folder: Path) -> None:
