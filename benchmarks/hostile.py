@@ -102,7 +102,7 @@ for _what, _raw, _reason in (
     ("has a megabyte", lambda c: json.dumps(c).encode() + b" " * (1 << 20), "at most"),
     ("has a number of 5,000 digits", lambda c: b'{"r": ' + b"9" * 5000 + b"}", "no JSON"),
 ):
-    CASES[f"{CONFIG} {_what}"] = (_config_raw(_raw), _reason)  # type: ignore[no-untyped-call]
+    CASES[f"{CONFIG} {_what}"] = (_config_raw(_raw), _reason)
 
 
 def _header(change: Callable[[Header], None]) -> Make:

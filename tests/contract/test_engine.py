@@ -71,6 +71,23 @@ def test_it_is_ready(world: World) -> None:
     world.run(check)
 
 
+def test_it_says_which_adapters_are_in_flight(world: World) -> None:
+    name, path = world.adapters[1]
+
+    async def check(engine: Engine) -> None:
+        await engine.load(name, path)
+        assert await engine.in_flight() == set()
+        async with asyncio.timeout(30):
+            async with engine.stream(body(name, max_tokens=64)) as chunks:
+                await anext(chunks)
+                while await engine.in_flight() != {name}:
+                    await asyncio.sleep(0.01)
+            while await engine.in_flight() != set():
+                await asyncio.sleep(0.01)
+
+    world.run(check)
+
+
 def test_adapters_are_loaded_by_name_and_forgotten(world: World) -> None:
     (first, first_path), (second, second_path) = world.adapters
 

@@ -131,6 +131,6 @@ def test_a_full_disk_is_one_clear_error(policy: Path, intake: Intake, tmp_path: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("deploy.loading._copy_file", full)
-    with pytest.raises(PlauditError, match="could not be copied .*No space left"):
+    with pytest.raises(PlauditError, match=r"could not be copied .*No space left"):
         intake.take(honest(policy, tmp_path / "store").seal())
     assert intake.kept() == []

@@ -150,6 +150,85 @@ def test_a_name_never_means_other_weights(two: dict[str, Path], intake: Intake) 
     asyncio.run(check())
 
 
+def test_a_copy_that_changes_while_it_is_held_is_held_no_more(two: dict[str, Path], intake: Intake) -> None:
+    """The server reads folders again whenever it made room for others, so a change after loading counts too."""
+    table, engine = Table(), scripted()
+    table.names = dict(two)
+    first, _ = two
+
+    async def check() -> None:
+        replica = agent(engine, table, intake)
+        await replica.step()
+        before = (await engine.models())[first]
+        (before / WEIGHTS).chmod(0o644)
+        (before / WEIGHTS).write_bytes(b"anything")
+        await replica.step()
+        after = (await engine.models())[first]
+        assert after != before and intake.unchanged(after) and table.held == set(two)
+        await replica.step()
+        assert before not in intake.kept(), "what was changed goes"
+
+    asyncio.run(check())
+
+
+def test_a_copy_that_changes_while_the_server_reads_it_is_not_held(two: dict[str, Path], intake: Intake) -> None:
+    class Touched(Scripted):
+        async def load(self, name: str, path: Path) -> None:
+            path.chmod(0o755)
+            (path / "more").touch()
+            (path / "more").unlink()
+            path.chmod(0o555)
+            await super().load(name, path)
+
+    table, engine = Table(), Touched(lambda name, messages: "")
+    table.names = dict(two)
+
+    async def check() -> None:
+        replica = agent(engine, table, intake)
+        await replica.step()
+        assert await engine.models() == {} and table.held == set()
+        assert all("was changed while the server loaded it" in problem for problem in replica.problems.values())
+
+    asyncio.run(check())
+
+
+def test_what_answers_are_written_with_stays_and_its_folder_longer(two: dict[str, Path], intake: Intake) -> None:
+    table, engine = Table(), scripted()
+    table.names = dict(two)
+    first, second = two
+
+    def kept() -> set[str]:
+        return {folder.name.partition("-")[0] for folder in intake.kept()}
+
+    async def check() -> None:
+        replica = agent(engine, table, intake)
+        await replica.step()
+        async with engine.stream({"model": second, "messages": []}):
+            del table.names[second]
+            for _ in range(3):
+                await replica.step()
+            assert set(await engine.models()) == set(two), "unloaded only when nobody has it in flight"
+        await replica.step()
+        assert set(await engine.models()) == {first} and kept() == {path.name for path in two.values()}
+        await replica.step()
+        assert kept() == {two[first].name}, "its folder goes later still"
+
+    asyncio.run(check())
+
+
+def test_a_new_agent_beside_a_server_that_went_on_keeps_its_folders(two: dict[str, Path], intake: Intake, tiny_policy: Path) -> None:
+    table, engine = Table(), scripted()
+    table.names = dict(two)
+
+    async def check() -> None:
+        await agent(engine, table, intake).step()
+        before = await engine.models()
+        await agent(engine, table, Intake.of(tiny_policy, intake.root, 8)).step()
+        assert await engine.models() == before and table.held == set(two)
+
+    asyncio.run(check())
+
+
 def test_what_a_restarted_server_forgot_is_loaded_again(two: dict[str, Path], intake: Intake) -> None:
     table, engine = Table(), scripted()
     table.names = dict(two)
