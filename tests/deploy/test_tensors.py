@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_a_byte_more_or_less_is_noticed(shapes: dict[str, tuple[str, list[int]]]
 
 
 def test_the_usual_writer_is_read() -> None:
-    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones((4,), np.float16)}
+    tensors: dict[str, np.ndarray[Any, np.dtype[Any]]] = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones((4,), np.float16)}
     raw = save(tensors, metadata={"format": "pt"})
     entries = read(raw)
     assert {name: entry.shape for name, entry in entries.items()} == {"a": (2, 3), "b": (4,)}
