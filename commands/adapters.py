@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from commands.settings import ConfigPath, KeyOption, ReasonOption, opened, operator
 from commands.terminal import console, say
-from deploy import rollout
+from deploy import rollout, signing
 
 app = typer.Typer(no_args_is_help=True, help="Which adapter may answer whom.")
 
@@ -59,3 +61,14 @@ def stop_rollout(reason: ReasonOption, key: KeyOption = "", config_path: ConfigP
     """End the running rollout; stable answers everybody."""
     with opened(config_path, "operator") as (_, stores, registry):
         say(rollout.stop(registry, reason, operator(stores, key, "adapters:promote")).reason)
+
+
+@app.command("sign")
+def sign_adapter(
+    adapter: str,
+    private_key: Annotated[Path, typer.Option(help="PEM file of an elliptic-curve key; docs/operate.md says how to make one.")],
+    config_path: ConfigPath = None,
+) -> None:
+    """Write the OpenSSF signature of an adapter beside its folder, for replicas with `engine.adapter_public_key`."""
+    with opened(config_path, "operator") as (_, _stores, registry):
+        say(f"signed: {signing.sign(registry.adapter(adapter).path, private_key)}")
