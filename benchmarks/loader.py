@@ -190,11 +190,9 @@ def _exchange(one: Path, other: Path) -> None:
 def _exchange_copies(root: Path, other: Path) -> None:
     """What somebody with the agent's own rights could do: other weights into the private copy, and the right ones back."""
     for folder in root.glob("*-*"):
-        folder.chmod(0o755)
         if not (spare := root.parent / "spare").exists():
             shutil.copyfile(other / WEIGHTS, spare)
         _exchange(folder / WEIGHTS, spare)
-        folder.chmod(0o555)
 
 
 @contextlib.contextmanager

@@ -148,7 +148,8 @@ class Intake:
                         _copy_file(file, staging / name, limit, f"{what}: {name}")
             if self._signatures is not None:
                 self._signatures.copy(source, target, what)
-            staging.chmod(0o555)
+            # Its owner may write, or `rm -rf` of the data folder would need more than that.
+            staging.chmod(0o755)
             staging.rename(target)
             # Under its own name: what is judged, and stamped, is what the server will open.
             self._judge(target, adapter_id)
@@ -304,12 +305,11 @@ def _settled(folder: Path) -> Stamp:
 
 
 def _delete(folder: Path) -> None:
-    """Also a read-only one; what cannot go is told and tried again by whoever calls again."""
+    """A folder, a file or a link, if it is there; what cannot go is told and tried again by whoever calls again."""
     try:
         if folder.is_symlink() or folder.is_file():
             folder.unlink()
         elif folder.is_dir():
-            folder.chmod(0o700)
             shutil.rmtree(folder)
     except OSError as exc:
         log.warning("a private copy of an adapter could not be deleted", folder=str(folder), problem=str(exc))
