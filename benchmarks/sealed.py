@@ -55,9 +55,8 @@ class Adapter:
         config = json.dumps(self.config).encode() if self.config_raw is None else self.config_raw
         weights = pack(self.header, self.body) if self.weights_raw is None else self.weights_raw
         files = {CONFIG: hashlib.sha256(config).hexdigest(), WEIGHTS: hashlib.sha256(weights).hexdigest()}
-        told: Json | bytes = {**self.manifest, "peft": self.config, "files": files, "format": 1}
-        if manifest is not None:
-            told = manifest(told)
+        fitting: Json = {**self.manifest, "peft": self.config, "files": files, "format": 1}
+        told = fitting if manifest is None else manifest(fitting)
         raw = told if isinstance(told, bytes) else canonical(told)
         path = self.folder / (name or hashlib.sha256(raw).hexdigest())
         path.mkdir(parents=True)
