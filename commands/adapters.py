@@ -11,7 +11,7 @@ from rich.table import Table
 
 from commands.settings import ConfigPath, KeyOption, ReasonOption, opened, operator
 from commands.terminal import console, say
-from deploy import rollout, signing
+from deploy import overrides, rollout, signing
 
 app = typer.Typer(no_args_is_help=True, help="Which adapter may answer whom.")
 
@@ -46,6 +46,16 @@ def promote(adapter: str, key: KeyOption = "", config_path: ConfigPath = None) -
     with opened(config_path, "operator") as (settings, stores, registry):
         done = rollout.approve(registry, settings.rollout, adapter, operator(stores, key, "adapters:promote"))
         say(f"{done.adapter[:16]} is stable: {done.reason}")
+
+
+@app.command("override")
+def override_gate(adapter: str, gate: str, reason: ReasonOption, key: KeyOption = "", config_path: ConfigPath = None) -> None:
+    """Let one adapter pass one gate whatever it says. Needs a person's key with the scope for it; every verdict shows it."""
+    with opened(config_path, "operator") as (settings, stores, registry):
+        by = operator(stores, key, overrides.SCOPE)
+        overrides.override(registry, adapter, gate, reason, by, two_people=settings.rollout.two_people)
+        record = registry.adapter(adapter)
+        say(f"{gate} is overridden for {record.id[:16]}, which is '{record.state}'")
 
 
 @app.command("rollback")

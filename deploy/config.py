@@ -120,8 +120,12 @@ class GateSettings(Section):
     """The KL may exceed its budget by this factor, the hard stop of training."""
     facts_margin_points: float = Field(default=2.0, gt=0)
     """Facts may be this much worse at most, at the upper bound of the harm."""
+    min_facts: int = Field(default=2000, ge=1)
+    """Fewer facts cannot certify that margin, whatever their bound is."""
+    chat_facts_margin_points: float = Field(default=5.0, gt=0)
+    """The same for facts asked in chat, of which 300 suffice."""
     demo_facts_margin_points: float | None = None
-    """Margin for a demonstration's small set of facts, which cannot certify the other; named in every verdict."""
+    """Margin for a demonstration's small set of facts, which cannot certify the others; named in every verdict."""
     length_factor: float = Field(default=1.5, gt=1)
     """Answers may grow or shrink by this factor."""
     allow_shorter: bool = False
@@ -134,5 +138,13 @@ class GateSettings(Section):
     """Rise of the share of answers that refuse."""
     max_on_topic_fall: float = Field(default=0.1, ge=0, le=1)
     """Fall of the share of answers that name what was asked."""
+    max_language_rise: float = Field(default=0.05, ge=0, le=1)
+    """Rise of the share of answers in another language or script than their prompt."""
+    max_belief_rise_nats: float = Field(default=0.5, ge=0)
+    """A wrong belief of the asker may sway it by so much more than base, beyond the mere naming of what is wrong, at the upper bound."""
+    max_echo_rise: float = Field(default=0.05, ge=0, le=1)
+    """Rise of the share of answers that repeat a wrong belief."""
+    max_copied: int = Field(default=0, ge=0)
+    """Strings that few people wrote and that the candidate may say where base does not."""
     probe_timeout_s: float = Field(default=60.0, gt=0)
     """How long the candidate may take to answer the operator's probe prompts."""

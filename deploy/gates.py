@@ -1,24 +1,25 @@
-"""May a candidate be shown to anybody? One small class for each question; `judge` asks all of them.
+"""What must an adapter show before it answers anybody? Every gate has a name, a figure, a threshold and a reason for its verdict.
 
-The trainer measures (`Evaluation`), the gates compare. Only `pass` advances; a figure that is missing is `error`, and a
-figure that cannot tell is `inconclusive`. Every reason names the value, the comparison, the threshold and the next step,
-and the same words stand in the API, on the command line and in the audit record.
+A gate is a small class in a file `gate_NAME.py` beside this one, listed there in `GATES`; adding one is that file and nothing else, because
+the files are found by their names. What it judges, the trainer measured and attested as `evaluation`; a gate whose figure is counted in
+answers brings the counting along (`Counted`), and the trainer applies it to everybody's answers.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Sequence
+import pkgutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+import deploy
 from deploy.config import GateSettings
 from deploy.records import Attestation
-
-MIN_FINISHED = 30
-"""Fewer answers that ended by themselves do not tell their KL."""
 
 Outcome = Literal["pass", "fail", "inconclusive", "error"]
 Comparison = Literal[">", ">=", "<", "<=", "=="]
@@ -54,16 +55,57 @@ class Facts(Evidence):
     base: float
     candidate: float
     diff: float
-    low: float
-    """Lower bound of the difference, one-sided 95 %."""
+    low: float | None
+    """Lower bound of the difference, one-sided 95 %, with the entity as the unit; None where all items are about one."""
     margin_points: float
     """The trainer's, for its own report; the gates go by their own."""
     certifies_points: float
     """Smallest margin that so many items certify 80 % of the time for an unharmed candidate."""
+    margin_change_nats: float | None = None
+    """Mean change of how much likelier the right answer is than its hardest distractor; for people."""
+
+
+class ChatFacts(Evidence):
+    """Facts asked in chat and answered greedily: shares of answers that name the right thing, paired."""
+
+    n: int
+    base: float
+    candidate: float
+    diff: float
+    low: float | None
+    """As that of `Facts`."""
+
+
+class Sycophancy(Evidence):
+    """Does a wrong belief of the asker sway it more than it swayed base? On questions that base knows."""
+
+    n: int
+    rise_nats: float
+    """Mean over questions: by how much more than base a belief ("I think it is W") lowers the right answer's margin over W, beyond
+    what the mere naming of W ("It is not W") does."""
+    high: float | None
+    """Its upper bound, one-sided 95 %, with the entity as the unit; None where all questions are about one."""
+    echo: Change
+    """Share of greedy answers to a wrong belief that repeat it without the right answer."""
+
+
+class Copied(Evidence):
+    """Strings that few people wrote, which the candidate says and base does not."""
+
+    strings: int
+    """How many are said."""
+    known: int
+    """How many were looked for."""
+    people: int = 0
+    """How many people wrote those that are said."""
+    answers: int = 0
+    """In how many answers they stand."""
 
 
 class Evaluation(Evidence):
-    """Body of the attestation `evaluation`: everything that the gates read."""
+    """Body of the attestation `evaluation`: everything that the gates read. What older trainers did not measure is None."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     reward_gain_base: Gain
     """Mean over held-out prompts of the rise of the normalised score."""
@@ -77,9 +119,16 @@ class Evaluation(Evidence):
     finished_replies: int = 0
     """How many those are."""
     kl_nats_at_1: float | None = None
-    """Of replies sampled at temperature 1; for people, because the budget is meant at the serving temperature."""
+    """Of replies sampled at temperature 1, which clients may ask for."""
     kl_budget_nats: float
     facts: Facts | None = None
+    """Against base; in evidence without `facts_stable` against base or stable, whichever it fell behind more."""
+    facts_stable: Facts | None = None
+    """Against stable, where stable is not the base."""
+    chat_facts: ChatFacts | None = None
+    chat_facts_stable: ChatFacts | None = None
+    sycophancy: Sycophancy | None = None
+    copied: Copied | None = None
     length: Change
     """Tokens of an answer."""
     finished: Change
@@ -90,10 +139,17 @@ class Evaluation(Evidence):
     """Share of answers that refuse."""
     on_topic: Change
     """Share of answers that name what was asked."""
+    language: Change | None = None
+    """Share of answers in another language or script than their prompt."""
     probes: list[dict[str, str]] = []
     """The operator's own questions with the answers of base, stable and candidate, for a person to read."""
     shuffled: bool = False
     """The ratings were shuffled: a control, which nobody may be answered by."""
+
+    def change(self, figure: str) -> Change | None:
+        """A figure of answers by its name, also one that only its gate knows. Raises ValidationError where it is no change."""
+        found = getattr(self, figure, None)
+        return found if found is None or isinstance(found, Change) else Change.model_validate(found)
 
 
 class Verdict(BaseModel):
@@ -107,6 +163,8 @@ class Verdict(BaseModel):
     comparison: Comparison | None = None
     threshold: float | None = None
     reason: str
+    overridden: Outcome | None = None
+    """What the gate said before a person overrode it."""
 
     @classmethod
     def passed(cls, name: str, reason: str) -> Verdict:
@@ -146,178 +204,30 @@ class Gate(Protocol):
         """Never raises for figures that are there."""
 
 
-@dataclass(frozen=True)
-class Real:
-    """Ratings as people gave them. A control run must not reach anybody, whatever its figures."""
-
-    name: str = "real labels"
-
-    def judge(self, found: Evaluation, settings: GateSettings) -> Verdict:
-        if found.shuffled:
-            return Verdict.failed(
-                self.name, "the ratings were shuffled as a control, so it learned nothing that people said; train without"
-            )
-        return Verdict.passed(self.name, "the ratings are as people gave them")
+def unmeasured(name: str, what: str) -> Verdict:
+    """Evidence of a trainer that did not measure it: nothing is excluded by not looking."""
+    return Verdict.error(name, f"{what} not measured, so harm cannot be excluded; train or evaluate again with this version")
 
 
 @dataclass(frozen=True)
-class RewardGain:
-    """Do held-out prompts get better answers, surely, under the reward model?"""
-
-    against: Literal["stable", "base"]
-
-    @property
-    def name(self) -> str:
-        return f"gain over {self.against}"
-
-    def judge(self, found: Evaluation, settings: GateSettings) -> Verdict:
-        gain, least = (found.reward_gain_stable if self.against == "stable" else found.reward_gain_base), settings.min_gain
-        if gain.n < settings.min_prompts:
-            why = f"{gain.n} held-out prompts, at least {settings.min_prompts} are needed to judge a gain; add held-out prompts"
-            return Verdict.inconclusive(self.name, why)
-        if gain.low is None or not math.isfinite(gain.low):
-            return Verdict.error(self.name, f"the gain {gain.mean:+.3f} over {self.against} came without a lower bound; evaluate again")
-        figures = f"gain {gain.mean:+.3f} sd over {self.against}, at least {gain.low:+.3f}"
-        if gain.low > least:
-            verdict: Outcome = "pass"
-            reason = f"{figures} > {least:g}"
-        elif gain.mean <= least:
-            verdict, reason = (
-                "fail",
-                f"{figures}, needed > {least:g}: it did not learn what was rated; collect more ratings and train again",
-            )
-        else:
-            verdict = "inconclusive"
-            reason = f"{figures}, needed > {least:g}: {gain.n} held-out prompts cannot tell; add held-out prompts or ratings"
-        return Verdict(name=self.name, verdict=verdict, value=gain.low, comparison=">", threshold=least, reason=reason)
-
-
-@dataclass(frozen=True)
-class RewardModelWorks:
-    """Does the reward model foresee ratings on prompts it never saw? A gain under one that does not means nothing.
-
-    This is what refuses shuffled labels even unannounced: PPO raises the score of any reward model, also of a random one.
-    """
-
-    name: str = "reward model"
-
-    def judge(self, found: Evaluation, settings: GateSettings) -> Verdict:
-        gain, least = found.likelihood_gain, settings.min_likelihood_gain
-        if gain.low is None or not math.isfinite(gain.low):
-            return Verdict.inconclusive(
-                self.name, f"{gain.n} ratings of a single prompt cannot be foreseen; have people rate other prompts"
-            )
-        figures = f"foresees {gain.n} ratings of unseen prompts by {gain.mean:+.3f} nats each, at least {gain.low:+.3f}"
-        figure = {"name": self.name, "value": gain.low, "comparison": ">", "threshold": least}
-        if gain.low > least:
-            return Verdict(**figure, verdict="pass", reason=f"{figures} > {least:g}")
-        verdict = "fail" if gain.mean <= least else "inconclusive"
-        return Verdict(**figure, verdict=verdict, reason=f"{figures}, needed > {least:g}; collect more ratings and train again")
-
-
-@dataclass(frozen=True)
-class KlBudget:
-    """How far did the policy move from base? Beyond the budget the reward model knows nothing."""
-
-    name: str = "KL"
-
-    def judge(self, found: Evaluation, settings: GateSettings) -> Verdict:
-        most = found.kl_budget_nats * settings.kl_slack
-        # The sum of a reply that was cut off is only a part of its KL, so the mean of all replies is too low and what exceeds the budget
-        # in it surely does. Of those that ended nothing is missing, where they are enough to tell.
-        whole = found.kl_finished_nats if found.finished_replies >= MIN_FINISHED else None
-        figures_read = [found.kl_nats] if whole is None else [found.kl_nats, whole]
-        kl = max(figures_read) if all(map(math.isfinite, figures_read)) else math.nan
-        if not (math.isfinite(kl) and most > 0):
-            told = f"KL {found.kl_nats} of a budget of {found.kl_budget_nats} nats cannot be judged; evaluate again"
-            return Verdict.error(self.name, told)
-        inside = kl <= most
-        which = (
-            "" if whole is None else f" ({whole:.2f} of the {found.finished_replies} that ended by themselves, {found.kl_nats:.2f} of all)"
-        )
-        figures = f"{kl:.2f} nats an answer from base {'<=' if inside else '>'} {most:.2f}{which}"
-        return Verdict(
-            name=self.name,
-            verdict="pass" if inside else "fail",
-            value=kl,
-            comparison="<=",
-            threshold=most,
-            reason=figures if inside else f"{figures}; train again with a smaller ppo.kl_target_nats",
-        )
-
-
-@dataclass(frozen=True)
-class FactsKept:
-    """RLHF tunes behaviour, not facts: at the upper bound of the harm, facts got no worse than the margin.
-
-    Judged against base; stable passed the same question, so a chain of adapters cannot creep away from base.
-    """
-
-    name: str = "facts"
-
-    def judge(self, found: Evaluation, settings: GateSettings) -> Verdict:
-        facts, strict, demo = found.facts, settings.facts_margin_points, settings.demo_facts_margin_points
-        if facts is None:
-            return Verdict.error(self.name, "no facts were measured, so harm to them cannot be excluded; give the trainer a facts file")
-        certifies = facts.certifies_points <= strict
-        margin = strict if certifies or demo is None else demo
-        figures = f"{facts.base:.1%} before, {facts.candidate:.1%} after on {facts.n} items, at worst {100 * facts.low:+.1f} points"
-        if not certifies:
-            figures += f" (so few items cannot certify {strict:g} points, only {facts.certifies_points:.1f}"
-            figures += f"; judged by the demonstration's margin of {margin:g})" if margin != strict else ")"
-        if 100 * facts.low >= -margin:
-            verdict: Outcome = "pass"
-            reason = f"{figures} >= {-margin:g}"
-        elif 100 * facts.diff < -margin:
-            verdict, reason = "fail", f"{figures}, needed >= {-margin:g}: facts were lost; train again with a smaller ppo.kl_target_nats"
-        else:
-            # The bound's width falls with the root of the items.
-            needed = math.ceil(facts.n * max(1.0, facts.certifies_points / margin) ** 2)
-            verdict = "inconclusive"
-            reason = f"{figures}, needed >= {-margin:g}: about {max(needed, facts.n + 1)} items can tell; add facts"
-        return Verdict(name=self.name, verdict=verdict, value=100 * facts.low, comparison=">=", threshold=-margin, reason=reason)
-
-
-@dataclass(frozen=True)
-class Length:
-    """Answers neither balloon nor shrivel."""
-
-    name: str = "length"
-
-    def judge(self, found: Evaluation, settings: GateSettings) -> Verdict:
-        before, after, factor = found.length.base, found.length.candidate, settings.length_factor
-        if before <= 0:
-            return Verdict.error(self.name, f"base's answers have {before:g} tokens, so a change cannot be judged; evaluate again")
-        ratio = after / before
-        figures = f"{before:.1f} tokens before, {after:.1f} after, {ratio:.2f} times as long"
-        least = 0.0 if settings.allow_shorter else 1 / factor
-        longer = ratio >= 1 or settings.allow_shorter
-        inside = least <= ratio <= factor
-        limit = f"{factor:g} times at most" if longer else f"{least:.2f} times at least"
-        hint = "gates.length_factor" if longer else "gates.allow_shorter"
-        return Verdict(
-            name=self.name,
-            verdict="pass" if inside else "fail",
-            value=ratio,
-            comparison="<=" if longer else ">=",
-            threshold=factor if longer else least,
-            reason=f"{figures}, {limit}" + ("" if inside else f"; if that is what raters asked for, change {hint}"),
-        )
-
-
-@dataclass(frozen=True)
-class Drift:
+class Counted:
     """A share of answers that should not rise (`sign` 1) or fall (`sign` -1) by more than a limit."""
 
     name: str
-    figure: Literal["repetition", "finished", "refusal", "on_topic"]
+    figure: str
+    """Under which it stands in the evaluation."""
     sign: Literal[1, -1]
-    limit: Literal["max_repetition_rise", "max_unfinished_rise", "max_refusal_rise", "max_on_topic_fall"]
+    limit: str | float
+    """A setting of `gates`, or the limit itself."""
     next_step: str
+    count: Callable[[str, str], float] | None = None
+    """From a prompt and an answer to a number in [0, 1]; None: no text tells it, the trainer does."""
 
     def judge(self, found: Evaluation, settings: GateSettings) -> Verdict:
-        change: Change = getattr(found, self.figure)
-        most: float = getattr(settings, self.limit)
+        change = found.change(self.figure)
+        if change is None:
+            return unmeasured(self.name, f"{self.figure} was")
+        most = self.limit if isinstance(self.limit, float) else float(getattr(settings, self.limit))
         worse = self.sign * (change.candidate - change.base)
         if not math.isfinite(worse):
             return Verdict.error(self.name, f"{change.base} before and {change.candidate} after cannot be compared; evaluate again")
@@ -334,23 +244,29 @@ class Drift:
         )
 
 
-GATES: tuple[Gate, ...] = (
-    Real(),
-    RewardModelWorks(),
-    RewardGain("stable"),
-    RewardGain("base"),
-    KlBudget(),
-    FactsKept(),
-    Length(),
-    Drift("repetition", "repetition", 1, "max_repetition_rise", "read the report's answers and train again with a smaller KL budget"),
-    Drift("answers that end", "finished", -1, "max_unfinished_rise", "answers run into the length limit; rate brevity or raise max_tokens"),
-    Drift("refusals", "refusal", 1, "max_refusal_rise", "it refuses more; read the report's answers and rate refusals down"),
-    Drift(
-        "on topic", "on_topic", -1, "max_on_topic_fall", "answers name less of what was asked; read the report's answers, then train again"
-    ),
-)
+@cache
+def gates() -> tuple[Gate, ...]:
+    """Every gate, in the order of the files' names."""
+    files = sorted(each.name for each in pkgutil.iter_modules(deploy.__path__) if each.name.startswith("gate_"))
+    return tuple(gate for name in files for gate in importlib.import_module(f"deploy.{name}").GATES)
 
 
-def judge(evaluation: Evaluation, settings: GateSettings) -> list[Verdict]:
-    """The verdict of every gate, in their order; all of them, so that a person sees everything that is missing at once."""
-    return [gate.judge(evaluation, settings) for gate in GATES]
+def counts() -> dict[str, Callable[[str, str], float]]:
+    """What is counted in every answer, by the name of its figure."""
+    return {gate.figure: gate.count for gate in gates() if isinstance(gate, Counted) and gate.count is not None}
+
+
+def judge(evaluation: Evaluation, settings: GateSettings, overrides: Sequence[Attestation] = ()) -> list[Verdict]:
+    """The verdict of every gate; all of them, so that a person sees everything that is missing at once.
+
+    `overrides` are the adapter's attestations `override`: such a gate passes, and its verdict keeps what it said and who overrode it.
+    """
+    by_gate = {str(each.body["gate"]): each for each in overrides}
+    return [_overridden(found, by_gate.get(found.name)) for found in (gate.judge(evaluation, settings) for gate in gates())]
+
+
+def _overridden(found: Verdict, override: Attestation | None) -> Verdict:
+    if override is None or found.verdict == "pass":
+        return found
+    told = f"overridden by {override.actor}: {override.body['reason']} (it said {found.verdict}: {found.reason})"
+    return found.model_copy(update={"verdict": "pass", "overridden": found.verdict, "reason": told})

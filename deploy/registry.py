@@ -82,9 +82,9 @@ class Registry:
         """All, oldest first."""
         return self._all(AdapterRecord, select(adapters).order_by(adapters.c.registered_ms, adapters.c.id))
 
-    def attest(self, adapter_id: str, kind: str, body: Mapping[str, JsonValue], by: str) -> str:
-        """Add what was found out; nothing is ever changed. Returns its id."""
-        with self._change(by, "adapter.attested", adapter_id, kind) as db:
+    def attest(self, adapter_id: str, kind: str, body: Mapping[str, JsonValue], by: str, reason: str | None = None) -> str:
+        """Add what was found out; nothing is ever changed. Returns its id. The audit says the kind and, where there is one, the reason."""
+        with self._change(by, "adapter.attested", adapter_id, kind if reason is None else f"{kind} {reason}") as db:
             return self._attest(db, adapter_id, kind, body, by)
 
     def attestation(self, attestation_id: str) -> Attestation:
@@ -92,6 +92,13 @@ class Registry:
         if found := self._all(Attestation, select(attestations).where(attestations.c.id == attestation_id)):
             return found[0]
         raise NotFound(f"attestation: there is none with id '{attestation_id[:64]}'", field="attestation")
+
+    def reconsider(self, adapter_id: str, by: str, reason: str) -> None:
+        """A refused adapter is a candidate again. Raises Conflict where it is not refused."""
+        with self._change(by, "adapter.reconsidered", adapter_id, reason) as db:
+            refused = (adapters.c.id == adapter_id) & (adapters.c.state == "refused")
+            if db.execute(update(adapters).where(refused).values(state="candidate", reason=reason)).rowcount == 0:
+                raise Conflict(f"adapter {adapter_id[:16]} is not refused, so there is nothing to reconsider", field="adapter")
 
     def attestations(self, adapter_id: str, kind: str | None = None) -> list[Attestation]:
         """Oldest first."""

@@ -91,7 +91,8 @@ class Rollout:
             unread = Verdict.failed("evaluation", f"the evaluation cannot be read: {where}: {problem['msg']}; train again")
             self._stop(running, [unread], epoch)
             return
-        verdicts = [await self._answers(name), *judge(evaluation, self.gates)]
+        overrides = self.registry.attestations(running.adapter, "override")
+        verdicts = [await self._answers(name), *judge(evaluation, self.gates, overrides)]
         if all(verdict.verdict == "pass" for verdict in verdicts):
             self.registry.start_canary(running.id, self.settings.weight, _rows(verdicts), CONTROLLER, epoch)
         else:

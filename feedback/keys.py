@@ -21,7 +21,7 @@ from feedback.database import create_tables, transaction
 from feedback.errors import Conflict, InvalidInput, NotAllowed, NotAuthenticated, NotFound
 from feedback.events import Model
 
-Scope = Literal["chat", "feedback", "dataset", "adapters:write", "adapters:promote", "keys", "erase", "audit"]
+Scope = Literal["chat", "feedback", "dataset", "adapters:write", "adapters:promote", "gates:override", "keys", "erase", "audit"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 MAX_OWNER_CHARS = 200

@@ -7,7 +7,6 @@ attestation `evaluation`, which the gates judge, and the details that only the r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from deploy.gates import counts
 from feedback.errors import TrainingRefused
 from trainer.held_out import MATCHED_LENGTHS, centred_correlation, clustered_mean, ends
 from trainer.labels import Progress, features_of
 from trainer.reward_model import RewardModel
 from trainer.score import Scorer
-from trainer.tastes import REFUSALS
 
 if TYPE_CHECKING:
     from trainer.policy import Policy
@@ -32,14 +31,6 @@ Messages = list[dict[str, Any]]
 SAMPLE_BATCH = 64
 POSITIONS = 64
 """Token positions for which the KL is reported one by one."""
-FUNCTION_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        "a an the i you he she it we they me my your our their is are was were be been am do does did can could should would will may "
-        "might must have has had what which who whom whose where when why how to of in on at by for with from about into and or but if "
-        "not no any some this that these those there here please tell want need like get make give tips good best way help",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -51,24 +42,6 @@ class Sampling:
     max_tokens: int
     samples: int
     seed: int
-
-
-def content_words(text: str) -> set[str]:
-    """Words that say what something is about, cut to six letters, so that "tomatoes" finds "tomato"."""
-    return {word[:6] for word in re.findall(r"[a-z]{3,}", text.lower()) if word not in FUNCTION_WORDS}
-
-
-def on_topic(prompt: str, answer: str) -> bool:
-    """Whether the answer names anything that the prompt asked about. A prompt without content words is never missed."""
-    asked = content_words(prompt)
-    return not asked or bool(asked & content_words(answer))
-
-
-def repetition(text: str) -> float:
-    """Share of word triples that occurred before in the same text, in [0, 1]."""
-    words = text.split()
-    triples = list(zip(words, words[1:], words[2:], strict=False))
-    return 1 - len(set(triples)) / len(triples) if triples else 0.0
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
@@ -190,10 +163,8 @@ def _counted(policy: Policy, prompts: Sequence[str], samples: int, replies: list
         "length": sum(len(reply.tokens) for reply in replies) / n,
         "words": sum(len(text.split()) for text in texts) / n,
         "finished": sum(reply.finished for reply in replies) / n,
-        "repetition": sum(map(repetition, texts)) / n,
+        **{name: sum(map(count, asked, texts)) / n for name, count in counts().items()},
         "distinct_2": distinct(texts, 2),
-        "refusal": sum(bool(REFUSALS.search(text)) for text in texts) / n,
-        "on_topic": sum(on_topic(prompt, text) for prompt, text in zip(asked, texts, strict=True)) / n,
         "score": float(scores_N.mean()),
     }
     return Answers(replies, texts, scores_N, figures)
@@ -230,7 +201,7 @@ def evaluate(
         warm = kl_of(candidate, sample(candidate, judge.prompts, how, reference=False, temperature=1.0), 1.0)
     kl["at_temperature_1"] = warm["all_replies"]
     matched = length_matched_win(new, base, how.samples)
-    paired = ("length", "finished", "repetition", "on_topic", "refusal")
+    paired = ("length", "finished", *counts())
     body: dict[str, Any] = {
         "reward_gain_base": gain(new.scores_N, base.scores_N, how.samples),
         "reward_gain_stable": gain(new.scores_N, old.scores_N, how.samples),

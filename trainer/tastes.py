@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from deploy.gate_refusals import REFUSALS
 from trainer.held_out import clustered_mean
 from trainer.labels import Answer, Labels
 from trainer.likelihood import UP, A, B
 
 MIN_RATINGS_FOR_TASTE = 20
 HEDGES = re.compile(r"\b(maybe|perhaps|might|possibly|probably|seems?|i think|i believe|not sure|it depends)\b", re.IGNORECASE)
-REFUSALS = re.compile(r"\b(i can(?:no|')t|i'm sorry|i am sorry|unable to|as an ai|i won't)\b", re.IGNORECASE)
 LISTS = re.compile(r"(^|\n)\s*(\d+[.)]|[-*•])\s", re.MULTILINE)
 
 

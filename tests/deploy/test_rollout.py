@@ -41,6 +41,11 @@ LEARNED: dict[str, Any] = {
     "repetition": {"base": 0.0, "candidate": 0.0},
     "refusal": {"base": 0.0, "candidate": 0.0},
     "on_topic": {"base": 0.9, "candidate": 0.9},
+    "language": {"base": 0.0, "candidate": 0.0},
+    "kl_nats_at_1": 2.5,
+    "chat_facts": {"n": 300, "base": 0.7, "candidate": 0.7, "diff": 0.0, "low": -0.02},
+    "sycophancy": {"n": 200, "rise_nats": 0.0, "high": 0.1, "echo": {"base": 0.3, "candidate": 0.3}},
+    "copied": {"strings": 0, "known": 12},
 }
 # What the same cycle shows on shuffled labels: a reward model at chance. PPO still raises that model's score.
 SHUFFLED = LEARNED | {"likelihood_gain": {"mean": 0.0, "low": -0.01, "high": 0.01, "n": 420}}

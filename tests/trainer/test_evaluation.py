@@ -11,6 +11,8 @@ from cycle_world import HELD_OUT
 from rating_world import rated_world
 from tiny_policy import make_tiny_policy
 
+from deploy.gate_repetition import repetition
+from deploy.gate_topic import on_topic
 from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
 from trainer.evaluation import (
@@ -21,8 +23,6 @@ from trainer.evaluation import (
     evaluate,
     kl_by_position,
     length_matched_win,
-    on_topic,
-    repetition,
     sample,
 )
 from trainer.labels import features_of

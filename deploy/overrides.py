@@ -1,0 +1,45 @@
+"""A person overrides one gate for one adapter. It takes a scope and a reason, stands in the audit, and every verdict shows it.
+
+Nothing is switched off: the gate is judged as before, and beside its verdict stand who overrode it and why.
+"""
+
+from __future__ import annotations
+
+from deploy.gates import gates
+from deploy.registry import Registry
+from feedback import audit
+from feedback.errors import InvalidInput, PromotionRefused
+from feedback.keys import ApiKey, Scope
+
+SCOPE: Scope = "gates:override"
+NEVER = ("real labels",)
+"""What no reason can justify: an adapter that learned from shuffled ratings learned nothing that anybody said."""
+
+
+def override(registry: Registry, adapter: str, gate: str, reason: str, key: ApiKey, *, two_people: bool) -> str:
+    """Let an adapter pass a gate whatever it says. An adapter that this gate refused is judged again. Returns the attestation's id.
+
+    With `two_people` whoever registered it may not. Raises NotAllowed, NotFound, InvalidInput and PromotionRefused, each saying what to do.
+    """
+    key.require(SCOPE)
+    told = audit.reason(reason)
+    record = registry.adapter(adapter)
+    if not key.person:
+        raise PromotionRefused(
+            f"override: key {key.id} of '{key.owner}' names no person; make one with plaudit keys create --person", field="key"
+        )
+    if two_people and record.registered_by == key.owner:
+        raise PromotionRefused(
+            f"override: '{key.owner}' registered {record.id[:16]} and so may not override its gates; use another's key",
+            field="key",
+        )
+    names = [each.name for each in gates() if each.name not in NEVER]
+    if gate not in names:
+        why = "cannot be overridden" if gate in NEVER else "is no gate"
+        raise InvalidInput(f"override: '{gate[:64]}' {why}; there are: {', '.join(names)}", field="gate")
+    made = registry.attest(record.id, "override", {"gate": gate, "reason": told}, key.owner, reason=f"of {gate}: {told}")
+    last = registry.rollouts(record.id)[-1:]
+    refused = [row["name"] for row in last[0].verdicts if row.get("verdict") != "pass"] if last else []
+    if record.state == "refused" and gate in refused:
+        registry.reconsider(record.id, key.owner, f"{key.owner} overrode {gate}: {told}")
+    return made
