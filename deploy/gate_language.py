@@ -22,7 +22,7 @@ MIN_WORDS = 2
 ONE_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "HANGUL": "HANGUL"}
 """Japanese mixes three."""
 FUNCTION_WORDS = {
-    "English": "i a an in my me should at the and of to is are was you it that this with for not have what how why can do your be from which when",
+    "English": "i a an in my me the and of to is are was you it that this with for not have what how why can do your be from which when",
     "German": "in im der die das und ist sind nicht ein eine zu mit für auf von ich sie wir wie was warum kann den dem auch wenn oder",
     "French": "le la les et est sont une des du pour dans que qui vous je nous pas avec sur comment pourquoi quel quelle ce cette il elle",
     "Spanish": "el la los las y es son una del para por que con no se cómo qué cuál como su más pero puede este esta muy usted",

@@ -23,7 +23,7 @@ from feedback.errors import NotDurable, PlauditError
 from feedback.events import Model
 from feedback.stores import Stores
 
-PRIVATE = ("labels.safetensors", "base.safetensors", "ppo.pt", "*/ppo.pt", "*.tmp", "*/*.tmp")
+PRIVATE = ("labels.safetensors", "base.safetensors", "copied.json", "ppo.pt", "*/ppo.pt", "*.tmp", "*/*.tmp")
 """Files of a cycle's folder that hold, or may hold, what people wrote: texts with their features, answers to their prompts, checkpoints."""
 EVER = 2**63 - 1
 POLL_S = 0.05

@@ -38,7 +38,7 @@ def generate(policy: Policy, prompts: Sequence[tuple[int, ...]], temperature: fl
     device, max_tokens = policy.device, uniforms_BT.shape[1]
     ends = torch.tensor(policy.eos_ids, device=device)
     uniforms_BT = uniforms_BT.to(device)
-    cache, mask_BS, positions_B, states_BD = _prefill(policy, prompts)
+    cache, mask_BS, positions_B, states_BD = prefill(policy, prompts)
     alive = torch.arange(len(prompts), device=device)
     tokens: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
@@ -66,7 +66,7 @@ def generate(policy: Policy, prompts: Sequence[tuple[int, ...]], temperature: fl
     return [Reply(prompt, tuple(row), done) for prompt, row, done in zip(prompts, tokens, finished, strict=True)]
 
 
-def _prefill(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> tuple[Any, Tensor, Tensor, Tensor]:
+def prefill(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> tuple[Any, Tensor, Tensor, Tensor]:
     """(cache, mask_BS, last positions_B, last states_BD) after the prompts, each distinct one computed once, padded on the left."""
     from transformers import DynamicCache
 

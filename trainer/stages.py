@@ -21,11 +21,12 @@ from feedback import files
 from feedback.errors import SnapshotRedacted, TrainingRefused
 from feedback.snapshot import Snapshot, redacted
 from trainer import distributed, metrics, raters, seeds
-from trainer import facts as facts_suite
 from trainer.budget import Step
+from trainer.copied import copied, written
 from trainer.critic import Warmup
 from trainer.evaluation import Answers, Judge, Sampling, evaluate, kl_of, sample
 from trainer.held_out import NORMAL_95, UnseenRaters, foretold, held_out, length_share, likelihood_gain, unseen_raters
+from trainer.knowledge import knowledge
 from trainer.labels import Labels, Progress, features_of, from_snapshot
 from trainer.policy import Policy
 from trainer.ppo import Options, train
@@ -260,7 +261,10 @@ class Stages:
         judge = Judge.of(candidate, model, job.held_out, how, settings.reward_model.clip, self.progress)
         body, details, answers = evaluate(judge, candidate, stable, job.probes)
         body["seeds"] = self._seeds(judge, answers, body["kl_nats"])
-        body["facts"], details["facts"] = self._facts(candidate, stable) if job.facts else (None, None)
+        body["copied"] = self._copied(judge, candidate, answers)
+        points = settings.cycle.facts_margin_points
+        knows, shown = knowledge(job.facts, candidate, stable, how, points, self.progress)
+        body, details = body | knows, details | shown
         body["kl_budget_nats"] = read_json(self.folder / "ppo.json")["kl_target_nats"]
         body["likelihood_gain"] = read_json(self.folder / "reward.json")["likelihood_gain"]
         body["shuffled"] = settings.cycle.shuffle_labels
@@ -282,17 +286,15 @@ class Stages:
         found = seeds.compare(outcomes, judge.base, judge.how.samples)
         return found | {"words": seeds.words(found), "lucky": seeds.undecided(found)}
 
-    def _facts(self, candidate: Policy, stable: Policy | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the gate reads and what the report shows: against base or stable, whichever the candidate falls behind more."""
-        job = self.job
-        new = facts_suite.margins(candidate, job.facts, job.system_prompt, reference=False, progress=self.progress)
-        before = [facts_suite.margins(candidate, job.facts, job.system_prompt, reference=True, progress=self.progress)]
-        if stable is not None:
-            before.append(facts_suite.margins(stable, job.facts, job.system_prompt, reference=False, progress=self.progress))
-        entities, margin = [fact.entity for fact in job.facts], self.settings.cycle.facts_margin_points
-        facts = min((facts_suite.compare(old, new, entities, margin_points=margin) for old in before), key=lambda found: found.low)
-        figures = ("n", "base", "candidate", "diff", "low", "margin_points", "certifies_points")
-        return {name: getattr(facts, name) for name in figures}, asdict(facts) | {"words": facts.words}
+    def _copied(self, judge: Judge, policy: Policy, candidate: Answers) -> dict[str, int]:
+        """How much of what only few people wrote the candidate says. The strings stay in the cycle's folder."""
+        prompts = [prompt for prompt in judge.prompts for _ in range(judge.how.samples)]
+        replies, _, _ = _load_replies(self.folder / "base.safetensors")
+        base = [*judge.base.texts, *(policy.decode(reply.tokens) for reply in replies), self.job.system_prompt or ""]
+        figures, found = copied(written(self.snapshot.rows), prompts, candidate.texts, base)
+        if found:
+            write_json(self.folder / "copied.json", [asdict(each) for each in found])
+        return figures
 
     def publish(self, adapters: Path) -> None:
         if (self.folder / "adapter.json").exists():

@@ -11,7 +11,7 @@ import torch
 from tiny_policy import make_tiny_policy
 
 from feedback.errors import InvalidInput
-from trainer.facts import FactLine, compare, margins, read_facts, write_facts
+from trainer.facts import FactLine, compare, lower_bound, margins, read_facts, write_facts
 from trainer.policy import Policy
 
 
@@ -22,7 +22,7 @@ def test_accuracy_difference_and_discordance() -> None:
     assert (found.base, found.candidate, found.diff, found.discordant) == (0.75, 0.75, 0.0, 0.5)
     # Margins moved by 1, -2, 2 and 0 nats.
     assert found.margin_change_nats == pytest.approx(0.25)
-    assert -0.75 <= found.low < 0
+    assert found.low is not None and -1 <= found.low < 0
     # (1.644854 + 0.841621)·sqrt(0.5 / 4) = 0.879101
     assert found.certifies_points == pytest.approx(87.9101, abs=1e-3)
     assert "cannot certify 2 points" in found.words
@@ -48,7 +48,8 @@ def test_harm_shows_in_the_lower_bound_and_a_flipped_sign_would_hide_it() -> Non
     assert found.diff == pytest.approx(-0.1)
     # sd of a share of 40 of 400: sqrt(0.1·0.9 / 400) = 0.015; 1.645 of it below -0.1
     assert found.low == pytest.approx(-0.1 - 1.645 * 0.015, abs=0.005)
-    assert compare(worse, base, names, margin_points=2.0).low > 0
+    better = compare(worse, base, names, margin_points=2.0)
+    assert better.low is not None and better.low > 0
 
 
 def test_items_about_one_entity_stand_or_fall_together() -> None:
@@ -56,7 +57,17 @@ def test_items_about_one_entity_stand_or_fall_together() -> None:
     worse = np.where(np.arange(100) < 10, -1.0, 1.0)
     apart = compare(base, worse, [str(i) for i in range(100)], margin_points=2.0)
     together = compare(base, worse, [str(i // 10) for i in range(100)], margin_points=2.0)
-    assert together.low < apart.low
+    assert together.low is not None and apart.low is not None and together.low < apart.low
+
+
+def test_one_entity_gives_no_bound_and_few_a_wide_one() -> None:
+    base, new = np.ones(100), np.where(np.arange(100) % 10 == 0, -1.0, 1.0)
+    found = compare(base, new, ["one"] * 100, margin_points=2.0)
+    assert found.low is None and found.diff == pytest.approx(-0.1) and "without an interval" in found.words
+    # Two of ten and none of ten: a bootstrap of two entities draws both alike every second time, so its 5 % quantile is the worse one's
+    # -0.2, that is 0.1 below the mean. Student's 0.95 quantile of 1 degree is 6.313752: 0.1 · 6.313752 / 1.644854 · sqrt(2) = 0.542846.
+    change = np.array([-1.0, -1.0, *[0.0] * 18])
+    assert lower_bound(change, ["a"] * 10 + ["b"] * 10) == pytest.approx(-0.1 - 0.542846, abs=1e-5)
 
 
 def test_the_same_seed_gives_the_same_bound() -> None:
