@@ -80,8 +80,8 @@ class RolloutSettings(Section):
     """Risk of ever promoting one that people like no better; the i-th canary is tested at alpha / (i (i + 1))."""
     guard_alpha: float = Field(default=0.025, gt=0, lt=1)
     """Risk, shared by all guards, of stopping a canary that is no worse."""
-    guard_margin: float = Field(default=0.1, ge=0, lt=1)
-    """How much more often an answer of the canary may fail or be empty than one of the baseline."""
+    guard_margins: dict[str, float] = Field(default={})
+    """Margins of guardrails that shall differ, by name: shares of answers, doublings or sd."""
     votes_per_rater: int = Field(default=3, ge=1)
     """A rater counts once, with the mean of this many first choices."""
     futility: float = Field(default=0.52, gt=0.5, lt=1)

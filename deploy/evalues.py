@@ -51,6 +51,14 @@ def e_value(values: Sequence[float]) -> float:
     return math.exp(min(top, 700.0)) * float(np.exp(logs - top).mean())
 
 
+def e_path(values: Sequence[float]) -> Floats:
+    """Log of `e_value` after each value: what somebody sees who looks every time."""
+    logs = np.log1p(np.outer(np.asarray(values, float) - 0.5, BETS)).cumsum(axis=0)
+    top = logs.max(axis=1)
+    path: Floats = top + np.log(np.exp(logs - top[:, None]).mean(axis=1))
+    return path
+
+
 def threshold(number: int, alpha: float) -> float:
     """i(i+1)/alpha for the i-th canary ever: 1/(i(i+1)) sums to 1, so all canaries together risk alpha."""
     return number * (number + 1) / alpha

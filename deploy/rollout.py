@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import JsonValue, ValidationError
 
@@ -25,15 +25,17 @@ from deploy.config import GateSettings, RolloutSettings
 from deploy.engine import Engine
 from deploy.evalues import win_test
 from deploy.gates import Evaluation, Verdict, judge, withheld
-from deploy.guards import failure_rise
+from deploy.guards import Guards, with_margins
 from deploy.manifest import vllm_name
 from deploy.records import AdapterRecord, RolloutRecord
 from deploy.registry import Registry
-from deploy.votes import ends, votes
+from deploy.votes import votes
+from deploy.watch import Watch
 from feedback.archive import Archive
 from feedback.clock import wall_ms
 from feedback.errors import EngineError, NotFound, PromotionRefused
 from feedback.keys import ApiKey
+from feedback.subjects import Subjects
 
 CONTROLLER = "controller"
 DAY_MS = 24 * 3600 * 1000
@@ -48,6 +50,9 @@ class Rollout:
     engine: Engine
     settings: RolloutSettings
     gates: GateSettings
+    subjects: Subjects | None = None
+    """Opens what people wrote, for the guardrails that read it."""
+    _watch: Watch | None = field(default=None, init=False)
 
     async def advance(self, epoch: int) -> None:
         """Look once and take the step that is due. Raises Conflict where another controller has taken over."""
@@ -113,42 +118,42 @@ class Rollout:
     # --- canary -----------------------------------------------------------------------------------------------------
 
     def _judge_canary(self, running: RolloutRecord, epoch: int) -> None:
-        gates = [Verdict.model_validate(row) for row in running.verdicts if row.get("name") not in ("failures", "wins")]
-        guard = self._guard(running)
-        if guard.verdict == "fail":
-            self._stop(running, [*gates, guard], epoch)
+        of_the_canary = ("wins", "guardrail ")
+        gates = [Verdict.model_validate(row) for row in running.verdicts if not str(row.get("name")).startswith(of_the_canary)]
+        guards = self._guards(running)
+        if any(each.verdict == "fail" for each in guards):
+            self._stop(running, [*gates, *guards], epoch, [each for each in guards if each.verdict in ("fail", "error")])
             return
         if running.state == "awaiting":
             return
         test = win_test(votes(self.archive, running.id), running.number, self.settings)
-        verdicts = [*gates, guard, test.verdict]
-        if test.verdict.verdict == "pass":
+        verdicts = [*gates, *guards, test.verdict]
+        broken = next((each for each in guards if each.verdict == "error"), None)
+        if test.verdict.verdict == "pass" and broken is None:
             reason = f"{test.verdict.reason}; waits for approval by a person: plaudit adapters promote {running.adapter[:16]}"
             self.registry.await_approval(running.id, _rows(verdicts), reason, CONTROLLER, epoch)
         elif test.verdict.verdict == "fail":
-            self._stop(running, verdicts, epoch)
+            self._stop(running, verdicts, epoch, [test.verdict])
         elif self._late(running):
             late = Verdict.failed("wins", f"inconclusive after {self.settings.max_days:g} days: {test.verdict.reason}")
-            self._stop(running, [*gates, guard, late], epoch)
+            self._stop(running, [*gates, *guards, late], epoch, [late])
         else:
-            self.registry.note(running.id, test.verdict.reason, _rows(verdicts), epoch)
+            self.registry.note(running.id, (broken or test.verdict).reason, _rows(verdicts), epoch)
 
-    def _guard(self, running: RolloutRecord) -> Verdict:
-        counted = ends(self.archive, running.id, (running.canary_ms or 0) << 16)
-        rise = failure_rise(counted["canary"], counted["baseline"], self.settings.guard_alpha)
-        margin = self.settings.guard_margin
-        if rise is None:
-            answers = min(each.answers for each in counted.values())
-            return Verdict.inconclusive("failures", f"{answers} answers in the smaller arm are too few to compare failures")
-        if rise[1] > margin:
-            return Verdict.failed("failures", f"failed answers rose by {rise[0]:.1%}, at least {rise[1]:.1%} > {margin:.1%} allowed")
-        return Verdict.passed("failures", f"failed answers rose by {rise[0]:.1%}, not surely more than {margin:.1%}")
+    def _guards(self, running: RolloutRecord) -> list[Verdict]:
+        if self._watch is None or self._watch.rollout != running.id:
+            guards = Guards(self.settings.guard_alpha, with_margins(self.settings.guard_margins))
+            self._watch = Watch(self.archive, self.subjects, running.id, running.canary_ms or 0, guards)
+        self._watch.look()
+        return self._watch.guards.verdicts()
 
     def _late(self, running: RolloutRecord) -> bool:
         return running.canary_ms is not None and wall_ms() - running.canary_ms > self.settings.max_days * DAY_MS
 
-    def _stop(self, running: RolloutRecord, verdicts: Sequence[Verdict], epoch: int) -> None:
-        reason = "; ".join(f"{each.name}: {each.reason}" for each in verdicts if each.verdict != "pass")
+    def _stop(self, running: RolloutRecord, verdicts: Sequence[Verdict], epoch: int, because: Sequence[Verdict] = ()) -> None:
+        """`because`: what ends it; without, everything that is no `pass`."""
+        ending = because or [each for each in verdicts if each.verdict != "pass"]
+        reason = "; ".join(f"{each.name}: {each.reason}" for each in ending)
         self.registry.end_rollout(running.id, reason, CONTROLLER, _rows(verdicts), epoch)
 
 

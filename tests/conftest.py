@@ -1,4 +1,4 @@
-"""What several rooms' tests stand on: a folder that looks like a model, adapters for it, and one real vLLM for the whole run."""
+"""What several rooms' tests stand on: a folder that looks like a model, adapters for it, and one real vLLM, Kafka and PostgreSQL for the whole run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from postgres_world import Postgres, binaries
 from safetensors.numpy import load_file, save_file
+from sqlalchemy import Engine
 
 from deploy import broker
 from deploy.config import EngineSettings
 from deploy.manifest import CONFIG, WEIGHTS, ManifestFields, base_digests, identity_adapter, write_adapter
 from deploy.replica import VllmServer
+from feedback.database import open_database
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCIERGE = ROOT / "examples" / "concierge" / "policy"
@@ -97,3 +100,31 @@ def sockets_collected() -> Iterator[None]:
     """Kafka's client leaves some sockets to the garbage collector, which must not be blamed on a later test."""
     yield
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """One server for the whole run."""
+    found = binaries()
+    if found is None:
+        assert os.environ.get("CI") != "true", "CI must test on PostgreSQL: install it (initdb, pg_ctl)"
+        pytest.skip("no PostgreSQL on this machine (initdb, pg_ctl)")
+    server = Postgres(found)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'registry.sqlite'}"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.new()
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Engine]:
+    engine = open_database(database_url)
+    yield engine
+    engine.dispose()

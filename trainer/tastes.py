@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deploy.gate_refusals import REFUSALS
+from deploy.texts import REFUSALS
 from trainer.held_out import clustered_mean
 from trainer.labels import Answer, Labels
 from trainer.likelihood import UP, A, B

@@ -9,9 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from deploy.config import GateSettings
-from deploy.gate_language import other_language
 from deploy.gates import Counted, Evaluation, Verdict, gates, judge
 from deploy.records import Attestation
+from deploy.texts import other_language
 
 SETTINGS = GateSettings()
 GOOD: dict[str, Any] = {
@@ -216,7 +216,7 @@ def test_an_override_concerns_one_gate_and_keeps_what_the_gate_said() -> None:
     ],
 )
 def test_another_language(prompt: str, answer: str, other: bool) -> None:
-    assert other_language(prompt, answer) == other
+    assert bool(other_language(prompt, answer)) == other
 
 
 def test_raters_who_like_brevity_may_have_it() -> None:
