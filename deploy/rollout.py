@@ -126,7 +126,7 @@ class Rollout:
             return
         if running.state == "awaiting":
             return
-        test = win_test(votes(self.archive, running.id), running.number, self.settings)
+        test = win_test(votes(self.archive, running.id, self.settings.votes_per_rater), running.number, self.settings)
         verdicts = [*gates, *guards, test.verdict]
         broken = next((each for each in guards if each.verdict == "error"), None)
         if test.verdict.verdict == "pass" and broken is None:

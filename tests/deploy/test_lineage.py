@@ -254,6 +254,6 @@ def test_the_votes_of_who_withdrew_do_not_count(world: World) -> None:
     world.look(3)
     world.compare(raters=2, votes=1)
     running = world.running()
-    assert set(votes(world.stores.archive, running.id)) == {"rater 0", "rater 1"}
+    assert set(votes(world.stores.archive, running.id, 3)) == {"rater 0", "rater 1"}
     erasure.withdraw(world.stores, "rater 0", "the person", "asked for")
-    assert set(votes(world.stores.archive, running.id)) == {"rater 1"}
+    assert set(votes(world.stores.archive, running.id, 3)) == {"rater 1"}

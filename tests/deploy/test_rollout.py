@@ -19,10 +19,11 @@ from deploy.records import RolloutRecord
 from deploy.registry import Registry
 from deploy.replica import ReplicaAgent
 from deploy.rollout import Rollout, approve, stop
+from deploy.votes import votes
 from feedback import audit
 from feedback.config import FeedbackSettings, Settings
 from feedback.errors import NotAllowed, NotFound, PromotionRefused
-from feedback.events import Arm, Event, FeedbackGiven, InteractionFinished, InteractionStarted, Side, new_id
+from feedback.events import Arm, Event, FeedbackCleared, FeedbackGiven, InteractionFinished, InteractionStarted, Side, new_id
 from feedback.keys import ApiKey
 from feedback.stores import Stores, open_stores
 
@@ -313,3 +314,19 @@ def test_every_change_is_audited_and_told_to_the_log(ring: Ring) -> None:
     ring.stores.ingest()
     approved = ring.stores.archive.events("rollout.approved")
     assert [(event.actor, event.adapter) for event in approved if event.type == "rollout.approved"] == [("mara", adapter)]
+
+
+def test_a_vote_that_is_changed_after_its_rater_counts_changes_nothing(ring: Ring) -> None:
+    ring.candidate(1)
+    ring.look(2)
+    running = ring.running()
+    ring.compare(raters=2, votes=3)
+    before = votes(ring.stores.archive, running.id, 3)
+    assert before == {"rater 0": [1.0, 1.0, 1.0], "rater 1": [1.0, 1.0, 1.0]}
+    given = [each for each in ring.stores.archive.current() if each.rater == "rater 0"]
+    other = {"a": "b", "b": "a"}[given[0].value or "a"]
+    ring.happened(given[0].model_copy(update={"event_id": new_id(), "value": other, "stamp": 0}))
+    ring.happened(FeedbackCleared(event_id=new_id(), target=given[1].target, rater="rater 0", slot="choice"))
+    assert votes(ring.stores.archive, running.id, 3) == before
+    # Who has not given enough may still change their mind: five are asked for, one is changed, one is taken back.
+    assert votes(ring.stores.archive, running.id, 5)["rater 0"] in ([0.0, 1.0], [1.0, 0.0])
