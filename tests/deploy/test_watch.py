@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
+from deploy.guards import Arm as GuardArm
 from deploy.guards import Guards
 from deploy.watch import Watch
 from feedback.config import FeedbackSettings, Settings
@@ -26,6 +28,7 @@ from feedback.events import (
 from feedback.stores import Stores, open_stores
 
 ASKED = "How is the weather, and what should I wear?"
+ARMS: tuple[GuardArm, GuardArm] = ("canary", "baseline")
 FINE = "It is warm, and you can wear what you like."
 
 
@@ -82,11 +85,10 @@ def reasons(watched: Watch) -> dict[str, str]:
 
 def test_each_answer_counts_once_in_its_arm_with_its_text(stores: Stores) -> None:
     watched = watch(stores)
-    for person in range(60):
-        happened(stores, *answered(stores, f"c{person}", "canary", "Es ist warm und Sie sind nicht allein."))
-        happened(stores, *answered(stores, f"b{person}", "baseline"))
-        if person % 20 == 0:
-            watched.look()
+    for people in (range(20), range(20, 60)):
+        foreign = [answered(stores, f"c{person}", "canary", "Es ist warm und Sie sind nicht allein.") for person in people]
+        happened(stores, *chain(*foreign, *(answered(stores, f"b{person}", "baseline") for person in people)))
+        watched.look()
     found = reasons(watched)
     assert found == reasons(watched), "a second look finds nothing new"
     assert found == reasons(watch(stores)), "a controller that takes over finds the same"
@@ -98,9 +100,11 @@ def test_each_answer_counts_once_in_its_arm_with_its_text(stores: Stores) -> Non
 
 
 def test_comparisons_other_rollouts_and_stable_do_not_count(stores: Stores) -> None:
+    events: list[Event] = []
     for person in range(12):
-        happened(stores, *answered(stores, f"x{person}", "canary", comparison=new_id()), *answered(stores, f"s{person}", "stable"))
-        happened(stores, *answered(stores, f"o{person}", "canary", rollout="another"), *answered(stores, f"b{person}", "baseline"))
+        events += answered(stores, f"x{person}", "canary", comparison=new_id()) + answered(stores, f"s{person}", "stable")
+        events += answered(stores, f"o{person}", "canary", rollout="another") + answered(stores, f"b{person}", "baseline")
+    happened(stores, *events)
     found = reasons(watch(stores))
     assert found["errors"].startswith("inconclusive: answers that broke off: 0 people in the smaller arm")
     assert found["sample ratio"].startswith("pass: people: 0 in the canary and 12 in the baseline")
@@ -108,6 +112,8 @@ def test_comparisons_other_rollouts_and_stable_do_not_count(stores: Stores) -> N
 
 def test_scores_and_first_thumbs(stores: Stores) -> None:
     watched = watch(stores)
+    events: list[Event] = []
+    later: list[Event] = []
     for person in range(40):
         for arm, score, thumb in (("canary", -1.0, "down"), ("baseline", 0.0, "up")):
             started, finished = answered(stores, f"{arm}{person}", "canary" if arm == "canary" else "baseline")
@@ -115,18 +121,18 @@ def test_scores_and_first_thumbs(stores: Stores) -> None:
             about, who = started.interaction_id, started.subject
             scored = InteractionScored(event_id=new_id(), interaction_id=about, reward_model="m", score=score)
             given = FeedbackGiven(event_id=new_id(), target=about, rater=who, slot="rating", value=thumb)
-            changed = given.model_copy(update={"event_id": new_id(), "value": "up"})
-            happened(stores, started, finished, scored, given)
-            watched.look()
-            happened(stores, changed)
+            events += [started, finished, scored, given]
+            later.append(given.model_copy(update={"event_id": new_id(), "value": "up"}))
+    happened(stores, *events)
+    watched.look()
+    happened(stores, *later)
     found = reasons(watched)
     assert "score by the reward model: -1.00 sd against the baseline" in found["reward"]
     assert found["thumbs"].startswith("fail: thumbs up among thumbs: -100.0 points against the baseline")
 
 
 def test_who_was_erased_is_not_read_again(stores: Stores) -> None:
-    for person in range(12):
-        happened(stores, *answered(stores, f"c{person}", "canary"), *answered(stores, f"b{person}", "baseline"))
+    happened(stores, *chain(*(answered(stores, f"{arm[0]}{person}", arm) for person in range(12) for arm in ARMS)))
     watched = watch(stores)
     watched.look()
     happened(stores, SubjectErased(event_id=new_id(), subject="c3"))
