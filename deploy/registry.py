@@ -1,50 +1,41 @@
 """Adapters, what was found out about them, and which of them answers: the truth that every process goes by.
 
-Every change is one transaction that bumps the version, moves aliases by compare-and-swap, writes a hash-chained audit
-row and puts the event into the outbox. Changes run one after another, and what the leader writes names its epoch and is refused once
-another leads. Times are the database's. Nothing here decides; `rollout.py` does.
+Nothing here decides; `rollout.py` does.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from pydantic import JsonValue
-from sqlalchemy import Connection, Engine, Select, func, insert, select, update
+from sqlalchemy import Connection, Engine, func, insert, select, update
 
+from deploy.ledger import Ledger, alias_of
 from deploy.manifest import read_manifest, vllm_name
 from deploy.records import AdapterRecord, Alias, Attestation, RolloutRecord, State
 from deploy.routing import AdapterRef, RoutingTable
-from deploy.schema import upgrade
 from deploy.store import AdapterStore
-from deploy.tables import adapters, alias_history, aliases, attestations, facts, holdings, leases, outbox, rollouts
-from feedback import audit
-from feedback.database import alone, ensure_row, moment, now_ms
+from deploy.tables import adapters, alias_history, aliases, attestations, facts, holdings, rollouts
+from feedback.database import now_ms
 from feedback.errors import Conflict, InvalidInput, NotFound
-from feedback.events import AdapterEvent, Event, Model, RolloutEvent, decode, encode, new_id
+from feedback.events import AdapterEvent, RolloutEvent, new_id
 
-M = TypeVar("M", bound=Model)
 ACTIVE = ("gates", "canary", "awaiting")
 HOLDING_AGE_MS = 10_000
 """A replica that has been silent for longer counts as gone."""
 
 
-class Registry:
-    """Thread-safe. Raises NotDurable where the database does not answer."""
+class Registry(Ledger):
+    """See `Ledger` for what every change promises."""
 
     def __init__(self, engine: Engine, tenant: str = "default", store: AdapterStore | None = None) -> None:
         """Without a `store`, adapters are found where they were registered from."""
-        upgrade(engine)
-        audit.open_audit(engine)
-        self._engine = engine
-        self._tenant = tenant
+        super().__init__(engine, tenant)
         self._store = store
-        for name in ("version", "epoch"):
-            ensure_row(engine, facts, "name", {"name": name, "value": 0})
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 
@@ -110,7 +101,7 @@ class Registry:
     def alias(self, name: Alias) -> str | None:
         """The adapter that the alias points at."""
         with self._read() as db:
-            return _alias(db, name)
+            return alias_of(db, name)
 
     def history(self) -> list[dict[str, JsonValue]]:
         """Every alias move, oldest first."""
@@ -127,7 +118,7 @@ class Registry:
         """`previous` answers again and a running rollout ends, in one transaction. Returns the adapter. Raises NotFound, and Conflict
         where `expect` is not stable any more: of two people who roll back the same adapter the second would bring it back."""
         with self._change(by, "adapter.rolled_back", "stable", reason) as db:
-            stable, previous = _alias(db, "stable"), _alias(db, "previous")
+            stable, previous = alias_of(db, "stable"), alias_of(db, "previous")
             if expect is not None and stable != expect:
                 raise Conflict(f"rollback: stable is {stable}, expected was {expect}: somebody else was first", field="stable")
             if previous is None:
@@ -193,7 +184,7 @@ class Registry:
         with self._change(by, "rollout.started", rollout_id, adapter_id, epoch) as db:
             if running := db.execute(select(rollouts.c.id).where(rollouts.c.state.in_(ACTIVE))).first():
                 raise Conflict(f"rollout {running.id} is running; it must end before another begins", field="rollout")
-            stable = _alias(db, "stable")
+            stable = alias_of(db, "stable")
             if stable is None:
                 raise NotFound("there is no stable adapter to compare with", field="stable")
             number = int(db.execute(select(func.count()).select_from(rollouts).where(rollouts.c.canary_ms.is_not(None))).scalar_one()) + 1
@@ -248,14 +239,14 @@ class Registry:
                 raise Conflict(f"rollout {rollout_id} has ended already", field="rollout")
             if verdicts is not None:
                 db.execute(update(rollouts).where(rollouts.c.id == rollout_id).values(verdicts=verdicts))
-            if _alias(db, "canary") is not None:
+            if alias_of(db, "canary") is not None:
                 self._move(db, {"canary": None}, {"canary": row.adapter}, by, reason)
             self._end(db, rollout_id, row.adapter, "stopped", reason, by)
 
     def promote(self, rollout_id: str, by: str) -> None:
         """The canary becomes stable, stable becomes previous. Raises Conflict where it does not wait for approval."""
         with self._step(rollout_id, "awaiting", by, "promoted", None) as (db, row):
-            stable = _alias(db, "stable")
+            stable = alias_of(db, "stable")
             before: dict[Alias, str | None] = {"stable": row.stable, "canary": row.adapter}
             self._move(db, {"stable": row.adapter, "previous": stable, "canary": None}, before, by, "approved")
             self._set_state(db, row.adapter, "stable", f"approved by {by}")
@@ -269,8 +260,8 @@ class Registry:
         reason = str(body["reason"])
         with self._change(by, "adapter.retired" if retire else "adapter.blocked", adapter_id, reason) as db:
             self._attest(db, adapter_id, "erasure", body, by)
-            stable = _alias(db, "stable")
-            moved: dict[Alias, str | None] = {"previous": None} if retire and _alias(db, "previous") == adapter_id else {}
+            stable = alias_of(db, "stable")
+            moved: dict[Alias, str | None] = {"previous": None} if retire and alias_of(db, "previous") == adapter_id else {}
             if retire and stable == adapter_id:
                 if fallback is None:
                     raise Conflict(f"adapter {adapter_id[:16]} is stable and there is nothing to answer in its place", field="stable")
@@ -278,7 +269,7 @@ class Registry:
                 self._set_state(db, fallback, "stable", f"answers in place of {adapter_id[:16]}: {reason}")
             for row in db.execute(select(rollouts).where(rollouts.c.state.in_(ACTIVE))).all():
                 if row.adapter == adapter_id or (retire and row.stable == adapter_id):
-                    moved |= {"canary": None} if _alias(db, "canary") is not None else {}
+                    moved |= {"canary": None} if alias_of(db, "canary") is not None else {}
                     self._end(db, row.id, row.adapter, "stopped", reason, by)
             self._move(db, moved, {"stable": stable} if "stable" in moved else {}, by, reason)
             if retire:
@@ -292,61 +283,7 @@ class Registry:
         with self._change(by, "alias.moved", adapter_id, reason) as db:
             self._move(db, {"previous": adapter_id}, {}, by, reason)
 
-    # --- leases, audit, outbox --------------------------------------------------------------------------------------
-
-    def lease(self, name: str, holder: str, ttl_s: float) -> int | None:
-        """Take or renew it; its epoch, or None while somebody else holds it. A process whose clock is wrong neither takes it too early nor
-        keeps it too long."""
-        with self._write() as db:
-            now = now_ms(db)
-            row = db.execute(select(leases).where(leases.c.name == name)).first()
-            expires = now + int(ttl_s * 1000)
-            if row is None:
-                db.execute(insert(leases).values(name=name, holder=holder, epoch=1, expires_ms=expires))
-                return 1
-            if row.holder != holder and row.expires_ms > now:
-                return None
-            epoch: int = row.epoch + (row.holder != holder)
-            db.execute(update(leases).where(leases.c.name == name).values(holder=holder, epoch=epoch, expires_ms=expires))
-            return epoch
-
-    def unsent(self, limit: int = 100) -> list[Event]:
-        """Events of changes that are not in the event log yet."""
-        with self._read() as db:
-            waiting = select(outbox.c.value).where(outbox.c.sent.is_(False)).order_by(outbox.c.event_id).limit(limit)
-            return [decode(row.value) for row in db.execute(waiting)]
-
-    def mark_sent(self, events: list[Event], epoch: int | None = None) -> None:
-        with self._write(epoch) as db:
-            db.execute(update(outbox).where(outbox.c.event_id.in_([event.event_id for event in events])).values(sent=True))
-
     # --- inside a transaction ---------------------------------------------------------------------------------------
-
-    def _read(self) -> AbstractContextManager[Connection]:
-        return moment(self._engine)
-
-    def _all(self, model: type[M], query: Select[Any]) -> list[M]:
-        with self._read() as db:
-            return [model.model_validate(dict(row._mapping)) for row in db.execute(query)]
-
-    @contextmanager
-    def _write(self, epoch: int | None = None) -> Iterator[Connection]:
-        """One after another; the leader's only as long as it leads. Raises Conflict."""
-        with alone(self._engine, update(facts).where(facts.c.name == "epoch").values(value=facts.c.value + 1)) as db:
-            if epoch is not None and db.execute(select(leases.c.epoch).where(leases.c.name == "controller")).scalar() != epoch:
-                raise Conflict(f"another controller has taken over: epoch {epoch} is over", field="epoch")
-            yield db
-
-    @contextmanager
-    def _change(self, actor: str, action: str, subject: str, reason: str, epoch: int | None = None) -> Iterator[Connection]:
-        """A change with its audit row."""
-        with self._write(epoch) as db:
-            yield db
-            self._record(db, actor, action, subject, reason)
-
-    def _record(self, db: Connection, actor: str, action: str, subject: str, reason: str) -> None:
-        db.execute(update(facts).where(facts.c.name == "version").values(value=facts.c.value + 1))
-        audit.record(db, actor, action, subject, reason)
 
     @contextmanager
     def _step(self, rollout_id: str, state: str, by: str, to: str, epoch: int | None) -> Iterator[tuple[Connection, RolloutRecord]]:
@@ -361,22 +298,6 @@ class Registry:
             kind: Literal["rollout.approved", "rollout.stepped"] = "rollout.approved" if to == "promoted" else "rollout.stepped"
             self._emit(db, RolloutEvent(**self._head(), type=kind, rollout=rollout_id, adapter=record.adapter, actor=by, detail={"to": to}))
 
-    def _move(self, db: Connection, to: Mapping[Alias, str | None], expect: Mapping[Alias, str | None], by: str, reason: str) -> None:
-        """Compare-and-swap of several aliases at once, with history and events."""
-        for name, adapter_id in to.items():
-            before = _alias(db, name)
-            if name in expect and before != expect[name]:
-                raise Conflict(f"alias {name} points at {before}, expected was {expect[name]}: somebody else was first", field=name)
-            if before == adapter_id:
-                continue
-            if db.execute(update(aliases).where(aliases.c.name == name).values(adapter=adapter_id)).rowcount == 0:
-                db.execute(insert(aliases).values(name=name, adapter=adapter_id))
-            values = {"name": name, "before": before, "after": adapter_id, "actor": by, "reason": reason, "at_ms": now_ms(db)}
-            db.execute(insert(alias_history).values(**values))
-            if adapter_id is not None:
-                event = AdapterEvent(**self._head(), type="adapter.aliased", adapter=adapter_id, actor=by, alias=name)
-                self._emit(db, event)
-
     def _attest(self, db: Connection, adapter_id: str, kind: str, body: Mapping[str, JsonValue], by: str) -> str:
         values = {"id": new_id(), "adapter": adapter_id, "kind": kind, "body": dict(body), "actor": by, "at_ms": now_ms(db)}
         db.execute(insert(attestations).values(**values))
@@ -389,18 +310,7 @@ class Registry:
 
     def _end(self, db: Connection, rollout_id: str, adapter_id: str, state: str, reason: str, by: str) -> None:
         db.execute(update(rollouts).where(rollouts.c.id == rollout_id).values(state=state, weight=0.0, reason=reason))
-        if adapter_id not in (_alias(db, "stable"), _alias(db, "previous")):
+        if adapter_id not in (alias_of(db, "stable"), alias_of(db, "previous")):
             self._set_state(db, adapter_id, "refused", reason)
         detail: dict[str, JsonValue] = {"reason": reason}
         self._emit(db, RolloutEvent(**self._head(), type="rollout.ended", rollout=rollout_id, adapter=adapter_id, actor=by, detail=detail))
-
-    def _head(self) -> dict[str, str]:
-        return {"event_id": new_id(), "tenant": self._tenant}
-
-    def _emit(self, db: Connection, event: Event) -> None:
-        db.execute(insert(outbox).values(event_id=event.event_id, value=encode(event).decode(), sent=False))
-
-
-def _alias(db: Connection, name: str) -> str | None:
-    found: str | None = db.execute(select(aliases.c.adapter).where(aliases.c.name == name)).scalar()
-    return found

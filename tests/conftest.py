@@ -1,4 +1,4 @@
-"""What several rooms' tests stand on: a folder that looks like a model, adapters for it, and one real vLLM, Kafka and PostgreSQL for the whole run."""
+"""What several rooms' tests stand on: a folder that looks like a model, adapters, one vLLM, Kafka and PostgreSQL for the whole run."""
 
 from __future__ import annotations
 
