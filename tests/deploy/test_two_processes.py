@@ -15,6 +15,7 @@ import pytest
 from postgres_world import Postgres
 from sqlalchemy import Engine, MetaData, event, select
 
+from deploy import ledger as ledger_module
 from deploy import registry as registry_module
 from deploy.registry import Registry
 from feedback import audit
@@ -184,7 +185,8 @@ def test_a_wrong_clock_neither_takes_the_lease_nor_keeps_it(
     one: Registry, two: Registry, day: int, by_own_clock: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by_own_clock:
-        monkeypatch.setattr(registry_module, "now_ms", lambda db: wall_ms())
+        for module in (ledger_module, registry_module):
+            monkeypatch.setattr(module, "now_ms", lambda db: wall_ms())
     with monkeypatch.context() as skewed:
         real = time.time_ns
         skewed.setattr(time, "time_ns", lambda: real() + day * 24 * 3600 * 10**9)
