@@ -13,10 +13,10 @@ from commands.terminal import Steps, complain, say
 from deploy import lineage
 from deploy.manifest import base_config
 from deploy.registry import Registry
-from feedback.errors import ConfigError
+from feedback.errors import ConfigError, TrainingRefused
 from feedback.stores import Stores
 from trainer import memory
-from trainer.config import HardwareSettings, refuse_serving
+from trainer.config import HardwareSettings, refuse_rank, refuse_serving
 from trainer.schedule import LearningSettings
 
 app = typer.Typer()
@@ -50,10 +50,11 @@ def train(
 
 @app.command()
 def trainer(config_path: ConfigPath = None, poll_s: Annotated[float, typer.Option(help="How often to look.")] = 5.0) -> None:
-    """Runs a cycle whenever enough new ratings are there; until Ctrl-C."""
+    """Runs a cycle whenever enough new ratings are there; until Ctrl-C. What is refused is tried again with as many more."""
     _one_process("trainer")
     from trainer import metrics
-    from trainer.schedule import should_train
+    from trainer.schedule import ratings_now, should_train, trained
+    from trainer.stages import NOT_FINITE
 
     with opened(config_path, "trainer") as (settings, stores, registry):
         metrics.serve(settings.cycle.metrics_host, settings.cycle.metrics_port)
@@ -61,7 +62,14 @@ def trainer(config_path: ConfigPath = None, poll_s: Annotated[float, typer.Optio
             stores.ingest()
             lineage.finish(stores, registry, settings.erasure)
             if should_train(stores.archive, settings.cycle, settings.feedback.data_dir):
-                say(_train(settings, stores, registry, False))
+                ratings = ratings_now(stores.archive)
+                try:
+                    say(_train(settings, stores, registry, False))
+                except TrainingRefused as exc:
+                    if exc.field in NOT_FINITE:  # no matter of ratings, and the checkpoint is there
+                        raise
+                    complain(f"refused: {exc.message}; tried again after {settings.cycle.min_new_ratings} new ratings")
+                    trained(ratings, settings.feedback.data_dir)
             time.sleep(poll_s)
 
 
@@ -96,6 +104,7 @@ def _one_process(command: str) -> None:
 
 def _learning(settings: Settings, shuffle: bool) -> LearningSettings:
     refuse_serving(settings.rollouts, settings.engine)
+    refuse_rank(settings.ppo, settings.engine)
     cycle = settings.cycle.model_copy(update={"shuffle_labels": shuffle or settings.cycle.shuffle_labels})
     rollouts, hardware = settings.rollouts, settings.hardware
     return LearningSettings(settings.reward_model, settings.ppo, cycle, rollouts=rollouts, hardware=hardware)

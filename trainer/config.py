@@ -193,6 +193,13 @@ def refuse_serving(rollouts: RolloutsSettings, engine: EngineSettings) -> None:
             raise ConfigError(f"{told}; give replicas that serve nobody, or none to sample in the trainer", field="rollouts.urls")
 
 
+def refuse_rank(ppo: PPOSettings, engine: EngineSettings) -> None:
+    """Raises ConfigError where the adapter would be larger than what replicas load."""
+    if ppo.rank > engine.max_lora_rank:
+        told = f"ppo.rank is {ppo.rank}, engine.max_lora_rank is {engine.max_lora_rank}: no replica would load the adapter"
+        raise ConfigError(f"{told}; raise engine.max_lora_rank where people are served, or lower ppo.rank", field="ppo.rank")
+
+
 def _address(url: str) -> tuple[str, int]:
     parts = urlsplit(url if "//" in url else f"//{url}")
     host = parts.hostname or ""

@@ -89,5 +89,6 @@ def tastes(labels: Labels) -> list[Taste]:
         for column, name in enumerate(names):
             if bool((scaled_RF[inside, column] != 0).any()):
                 mean, low, high = clustered_mean(scaled_RF[inside, column] * signs_R[inside], raters_R[inside])
-                found.append(Taste(cohort, name, mean, low, high, int(inside.sum()), len(members)))
+                # Of one rater the interval has no end, and JSON has no infinity.
+                found.append(Taste(cohort, name, mean, max(low, -1.0), min(high, 1.0), int(inside.sum()), len(members)))
     return found

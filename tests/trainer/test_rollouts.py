@@ -15,7 +15,7 @@ from replica_double import ReplicaDouble
 
 from deploy.config import EngineSettings
 from feedback.errors import ConfigError, EngineRefused, EngineUnavailable
-from trainer.config import RolloutsSettings, refuse_serving
+from trainer.config import PPOSettings, RolloutsSettings, refuse_rank, refuse_serving
 from trainer.losses import importance_weights
 from trainer.policy import Policy
 from trainer.rollouts import LocalRollouts, Rollouts, VLLMRollouts, alarms, rollouts_for
@@ -227,3 +227,9 @@ def test_what_no_vllm_would_say_is_refused_by_name(said: object, told: str, tmp_
     with ReplicaDouble(POLICY) as replica, pytest.raises(EngineRefused, match=told) as refused:
         VLLMRollouts(policy, [replica.url], tmp_path).sample(prompts(policy)[:1], max_tokens=2, temperature=1.0, seed=0)
     assert replica.url in refused.value.message
+
+
+def test_an_adapter_that_no_replica_would_load_is_refused_before_it_is_made() -> None:
+    refuse_rank(PPOSettings(rank=8), EngineSettings(max_lora_rank=8))
+    with pytest.raises(ConfigError, match=r"ppo\.rank is 16, engine\.max_lora_rank is 8: no replica would load"):
+        refuse_rank(PPOSettings(rank=16), EngineSettings(max_lora_rank=8))

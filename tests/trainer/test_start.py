@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from cycle_world import SETTINGS, make_job
 from typer.testing import CliRunner
 
 import plaudit
+from commands import learning
 from deploy.config import PolicySettings
 from deploy.registry import Registry
 from feedback.config import FeedbackSettings, Settings
 from feedback.errors import Conflict, EngineUnavailable, NotDurable, PlauditError, TrainingRefused
 from feedback.stores import Stores, open_stores
-from trainer import start
+from trainer import schedule, start
 from trainer.schedule import begun
 
 
@@ -63,6 +65,29 @@ def test_a_second_trainer_on_the_same_folder_is_refused(world: tuple[Path, Store
     monkeypatch.setattr(start, "run_cycle", meanwhile)
     with pytest.raises(Conflict, match="another process trains there now; wait until its cycle has ended"):
         learn(world)
+
+
+@pytest.mark.parametrize(("field", "goes_on"), [("labels", True), ("loss", False)])
+def test_the_trainer_goes_on_after_a_refusal_that_more_ratings_may_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, goes_on: bool
+) -> None:
+    (tmp_path / "plaudit.toml").write_text(f'[feedback]\ndata_dir = "{tmp_path}"\n[cycle]\nmin_new_ratings = 10\nmetrics_port = 0\n')
+    held, tries, ratings = iter((10, 19, 20)), list[int](), [0]
+    monkeypatch.setattr(schedule, "ratings_now", lambda archive: ratings[0])
+
+    def refuse(*_: Any) -> str:
+        tries.append(ratings[0])
+        raise TrainingRefused(f"{field}: too few", field=field)
+
+    def look_again(_: float) -> None:
+        ratings[0] = next(held)  # the trainer ends where it is empty
+
+    monkeypatch.setattr(learning, "_train", refuse)
+    monkeypatch.setattr(time, "sleep", look_again)
+    done = CliRunner().invoke(plaudit.app, ["trainer", "--config", str(tmp_path / "plaudit.toml")])
+    assert tries == ([10, 20] if goes_on else [10])
+    assert (isinstance(done.exception, TrainingRefused) is False) == goes_on
+    assert ("refused: labels: too few; tried again after 10 new ratings" in done.output) == goes_on
 
 
 @pytest.mark.parametrize("option", ["--dry-run", "--plan"])
