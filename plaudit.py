@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from commands import adapters, audit, backup, feedback, kafka, keys, learning, people  # noqa: F401  (people adds its verbs to feedback)
+from commands import adapters, audit, backup, cards, feedback, kafka, keys, learning, people  # noqa: F401  (cards and people add verbs)
 from commands.settings import ConfigPath, opened, policy_folder, settings_from
 from commands.terminal import Steps, complain, console, say
 from feedback.clock import wall_ms

@@ -46,6 +46,8 @@ class Change(Evidence):
 
     base: float
     candidate: float
+    stable: float | None = None
+    """Of stable's, for people."""
 
 
 class Facts(Evidence):
@@ -165,6 +167,8 @@ class Verdict(BaseModel):
     reason: str
     overridden: Outcome | None = None
     """What the gate said before a person overrode it."""
+    detectable: float | None = None
+    """Of a guardrail: the smallest harm, in its unit, that would have stopped the canary with the people it had."""
 
     @classmethod
     def passed(cls, name: str, reason: str) -> Verdict:

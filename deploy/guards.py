@@ -133,6 +133,8 @@ class Evidence:
         self.margins.sort()
         self._logs = {1: np.zeros((len(self.margins), len(BETS))), -1: np.zeros((len(self.margins), len(BETS)))}
         self._best = {1: np.zeros(len(self.margins)), -1: np.zeros(len(self.margins))}
+        self._spoiled = np.zeros(len(BETS))
+        self._spoiled_total = 0.0
 
     def add(self, arm: Arm, value: float) -> None:
         """One more person's mean; weighed by `look`."""
@@ -147,6 +149,10 @@ class Evidence:
             canary, baseline = (np.array(self.waiting[arm][start:end]) for arm in ("canary", "baseline"))
             differences = np.clip(sign * (canary - baseline) / self.guardrail.span, -1.0, 1.0)
             self.total += float(differences.sum())
+            if self.guardrail.unit == "points":  # what these pairs had been, had the canary been at its worst for everybody
+                spoiled = np.clip(sign * ((sign > 0) - baseline), -1.0, 1.0)
+                self._spoiled_total += float(spoiled.sum())
+                self._spoiled += gains(spoiled, self.margins[[self._at]])[:, 0].sum(axis=0)
             for side in self._logs:
                 self._logs[side] += gains(side * differences, side * self.margins).sum(axis=0)
                 self._best[side] = np.maximum(self._best[side], mixed(self._logs[side]))
@@ -162,8 +168,33 @@ class Evidence:
     @property
     def log_e(self) -> float:
         """Highest log e-value so far against 'no worse than the margin'."""
-        at = int(np.searchsorted(self.margins, self.guardrail.margin / self.guardrail.span))
-        return float(self._best[1][at])
+        return float(self._best[1][self._at])
+
+    @property
+    def _at(self) -> int:
+        return int(np.searchsorted(self.margins, self.guardrail.margin / self.guardrail.span))
+
+    def detectable(self, bar: float) -> float | None:
+        """The smallest mean difference, in the guardrail's unit, with which these pairs would have stopped the canary; None: none would.
+
+        Everybody worse by as much, as latency is: the mean less the bound moves up until the bound is the margin. Shares are all or
+        nothing: a harm is that a part of the canary's people, drawn at random, had seen it at its worst, and growth mixes accordingly.
+        """
+        if self.guardrail.unit != "points":
+            low, _ = self.bounds(bar)
+            found = max(self.mean + self.guardrail.margin - low, self.guardrail.margin)
+            return found if low > -self.guardrail.span and found < self.guardrail.span else None
+
+        def stops(share: float) -> bool:
+            return float(mixed((1 - share) * self._logs[1][self._at] + share * self._spoiled)) >= math.log(bar)
+
+        if stops(0.0) or not stops(1.0):
+            return self.mean if stops(0.0) else None
+        below, above = 0.0, 1.0
+        while above - below > 1e-4:
+            middle = (below + above) / 2
+            below, above = (below, middle) if stops(middle) else (middle, above)
+        return ((1 - above) * self.total + above * self._spoiled_total) / max(self.pairs, 1)
 
     def bounds(self, bar: float) -> tuple[float, float]:
         """Of the mean difference, each valid at all times with probability 1 - 1/bar; of the grid's points the next one outwards."""
@@ -237,6 +268,8 @@ class Guards:
         depths: Mapping[int, Evidence] = {depth: self._evidence[guardrail.name, depth] for depth in DEPTHS}
         depth, worst = max(depths.items(), key=lambda item: item[1].log_e)
         name, margin = f"guardrail {guardrail.name}", guardrail.margin
+        harms = [harm for each in depths.values() if (harm := each.detectable(self.bar)) is not None]
+        detectable = min(harms, default=None)
         if worst.log_e >= math.log(self.bar):
             # Where the margin is excluded, so is every smaller rise, and the bound is no smaller than the margin.
             low = max(worst.bounds(self.bar)[0], margin)
@@ -245,18 +278,19 @@ class Guards:
                 f"{guardrail.what}: {guardrail.said(worst.mean)} against the baseline, surely {guardrail.said(low)}, "
                 f"worse than {guardrail.said(margin)} allowed ({counted}); train again, or see what the canary's answers share"
             )
-            return Verdict(name=name, verdict="fail", value=low, comparison="<", threshold=margin, reason=reason)
+            figures = {"value": low, "comparison": "<", "threshold": margin, "detectable": detectable}
+            return Verdict(name=name, verdict="fail", reason=reason, **figures)
         first = depths[DEPTHS[0]]
         if first.pairs < LEAST_PAIRS:
-            return Verdict.inconclusive(
-                name, f"{guardrail.what}: {first.pairs} people in the smaller arm, at least {LEAST_PAIRS} are needed"
-            )
+            few = f"{guardrail.what}: {first.pairs} people in the smaller arm, at least {LEAST_PAIRS} are needed"
+            return Verdict(name=name, verdict="inconclusive", reason=few, detectable=detectable)
         low, high = first.bounds(self.bar)
         reason = (
             f"{guardrail.what}: {guardrail.said(first.mean)} against the baseline, not surely worse than {guardrail.said(margin)}; "
             f"{guardrail.said(high)} cannot be ruled out with {first.pairs} people an arm"
         )
-        return Verdict(name=name, verdict="pass", value=low, comparison="<", threshold=margin, reason=reason)
+        figures = {"value": low, "comparison": "<", "threshold": margin, "detectable": detectable}
+        return Verdict(name=name, verdict="pass", reason=reason, **figures)
 
     def _ratio_verdict(self) -> Verdict:
         counted = " and ".join(f"{count} in the {arm}" for arm, count in self._counts.items())

@@ -88,3 +88,5 @@ class Example:
     """The operator's own questions, shown side by side in every report."""
     raters: Sequence[Rater]
     facts: list[FactItem]
+    hub_name: str | None = None
+    """Of the base model on the Hub, for model cards."""

@@ -110,6 +110,7 @@ def _training_body(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
         "cycle": folder.name,
         "seconds": seconds,
         "reward_model": read_json(folder / "reward.json"),
+        "judged_against": read_json(folder / "job.json")["job"]["stable"],
         "stopped_because": ppo["stopped_because"],
         "warnings": [f"PPO, step {step['step']}: {words}" for step in ppo["steps"] for words in step["alarms"]],
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor
 from deploy.gates import counts
 from feedback.errors import TrainingRefused
 from trainer.held_out import MATCHED_LENGTHS, centred_correlation, clustered_mean, ends
-from trainer.labels import Progress, features_of
+from trainer.labels import Answer, Progress, features_of
 from trainer.reward_model import RewardModel
 from trainer.score import Scorer
+from trainer.tastes import properties
 
 if TYPE_CHECKING:
     from trainer.policy import Policy
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 
 SAMPLE_BATCH = 64
+READ = 20
+"""Answers drawn at random, and as many of the worst, that a person may read."""
+LONGEST = 600
+"""Characters of one that are kept."""
+TONE = ("lists", "questions", "exclamations", "hedging", "numbers")
+"""Of `tastes.properties`."""
 POSITIONS = 64
 """Token positions for which the KL is reported one by one."""
 
@@ -114,6 +121,8 @@ class Answers:
     texts: list[str]
     scores_N: Tensor
     figures: dict[str, float]
+    features_ND: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    """Frozen ones."""
 
     @property
     def lengths_N(self) -> Tensor:
@@ -145,14 +154,16 @@ class Judge:
         replies = sample(policy, prompts, how, reference=True, progress=progress, what="answers of the base")
         features_ND = features_of(policy, replies, progress, "scores of base")
         scorer = Scorer.fit(model, replies, features_ND, clip)
-        return cls(prompts, how, _counted(policy, prompts, how.samples, replies, scorer(replies, features_ND)), scorer, progress)
+        base = _counted(policy, prompts, how.samples, replies, scorer(replies, features_ND))
+        return cls(prompts, how, replace(base, features_ND=features_ND), scorer, progress)
 
     def answers(self, policy: Policy, name: str, stream: int = 0) -> Answers:
         """This policy's own. Those of another `stream` are drawn independently."""
         how = replace(self.how, seed=self.how.seed + stream)
         replies = sample(policy, self.prompts, how, reference=False, progress=self.progress, what=f"answers of {name}")
         features_ND = features_of(policy, replies, self.progress, f"scores of {name}")
-        return _counted(policy, self.prompts, how.samples, replies, self.scorer(replies, features_ND))
+        found = _counted(policy, self.prompts, how.samples, replies, self.scorer(replies, features_ND))
+        return replace(found, features_ND=features_ND)
 
 
 def _counted(policy: Policy, prompts: Sequence[str], samples: int, replies: list[Reply], scores_N: Tensor) -> Answers:
@@ -202,6 +213,7 @@ def evaluate(
     kl["at_temperature_1"] = warm["all_replies"]
     matched = length_matched_win(new, base, how.samples)
     paired = ("length", "finished", *counts())
+    tones = {which: _tone(found) for which, found in (("base", base), ("stable", old), ("candidate", new))}
     body: dict[str, Any] = {
         "reward_gain_base": gain(new.scores_N, base.scores_N, how.samples),
         "reward_gain_stable": gain(new.scores_N, old.scores_N, how.samples),
@@ -209,8 +221,10 @@ def evaluate(
         "kl_finished_nats": kl["finished_replies"],
         "finished_replies": kl["finished"],
         "kl_nats_at_1": kl["at_temperature_1"],
-        **{name: {"base": base.figures[name], "candidate": new.figures[name]} for name in paired},
+        **{name: {which: found.figures[name] for which, found in (("base", base), ("stable", old), ("candidate", new))} for name in paired},
+        "tone": {name: {which: tone[name] for which, tone in tones.items()} for name in tones["base"]},
         "length_matched_win": matched,
+        "answers": to_read(judge.prompts, old, new, how),
         "probes": _probes(candidate, stable, probes, how),
     }
     details: dict[str, Any] = {
@@ -225,6 +239,36 @@ def evaluate(
         ][:24],
     }
     return body, details, new
+
+
+def _tone(found: Answers) -> dict[str, float]:
+    """Means of what tastes are about, beyond the figures that gates judge."""
+    rows = [properties(Answer(0, text, True, 0)) for text in found.texts]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in TONE}
+
+
+def to_read(prompts: Sequence[str], old: Answers, new: Answers, how: Sampling) -> dict[str, Any]:
+    """For people: `READ` of the candidate's answers drawn at random, and those that score lowest beside stable's to the same prompt.
+
+    The draw depends on the seed and the number of answers alone, so that two adapters that were asked the same show the same.
+    """
+    count = len(new.texts)
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(how.seed))[:READ].tolist()
+    # Stable's sample beside it is as random as the candidate's, so the mean of stable's scores to the prompt is the measure.
+    stable_N = old.scores_N.reshape(-1, how.samples).mean(1).repeat_interleave(how.samples)
+    change_N = new.scores_N - stable_N
+    worst = change_N.argsort(stable=True)[:READ].tolist()
+
+    def shown(i: int) -> dict[str, Any]:
+        texts = {"prompt": prompts[i // how.samples], "stable": old.texts[i], "candidate": new.texts[i]}
+        return {name: shortened(text) for name, text in texts.items()} | {"change": float(change_N[i])}
+
+    return {"of": count, "random": [shown(i) for i in sorted(drawn)], "worst": [shown(i) for i in worst]}
+
+
+def shortened(text: str) -> str:
+    """Evidence is read by people and kept for ever."""
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def length_matched_win(new: Answers, base: Answers, samples: int) -> dict[str, float | None] | None:

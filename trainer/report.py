@@ -69,7 +69,7 @@ def report_of(record: AdapterRecord, registry: Registry, data_dir: Path, target:
 
 def _rendered(name: str, told: dict[str, Any]) -> str:
     templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("trainer"),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader("trainer"), jinja2.PackageLoader("deploy")]),
         autoescape=name.endswith(".html"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -26,6 +26,7 @@ from trainer.copied import copied, written
 from trainer.critic import Warmup
 from trainer.evaluation import Answers, Judge, Sampling, evaluate, kl_of, sample
 from trainer.held_out import NORMAL_95, UnseenRaters, foretold, held_out, length_share, likelihood_gain, unseen_raters
+from trainer.influence import Refits, influence
 from trainer.knowledge import knowledge
 from trainer.labels import Labels, Progress, features_of, from_snapshot
 from trainer.policy import Policy
@@ -137,14 +138,16 @@ class Stages:
         job = self.job
         return Sampling(job.system_prompt, job.temperature, job.max_tokens, samples, self.settings.cycle.seed * 1_000_003 + stream)
 
+    def _labels(self) -> Labels:
+        labels = Labels.load(self.folder / "labels.safetensors")
+        return replace(labels, weights_U=raters.reliability(labels)) if self.settings.reward_model.discount_unreliable else labels
+
     def fit_rewards(self) -> None:
         """The reward model, where raters suffice another one from other raters, and what can be said about both."""
         if (self.folder / "reward.json").exists():
             return
         settings = self.settings.reward_model
-        labels = Labels.load(self.folder / "labels.safetensors")
-        if settings.discount_unreliable:
-            labels = replace(labels, weights_U=raters.reliability(labels))
+        labels = self._labels()
         main, watch = split_raters(labels, settings.watch_share, settings.watch_min_raters, settings.watch_min_labels, settings.seed)
         self.progress("reward model", 0.0)
         # Map and ridge are chosen once, on all ratings, so that what was held out is known of them all.
@@ -262,6 +265,7 @@ class Stages:
         body, details, answers = evaluate(judge, candidate, stable, job.probes)
         body["seeds"] = self._seeds(judge, answers, body["kl_nats"])
         body["copied"] = self._copied(judge, candidate, answers)
+        body["influence"] = self._influence(judge, answers)
         points = settings.cycle.facts_margin_points
         knows, shown = knowledge(job.facts, candidate, stable, how, points, self.progress)
         body, details = body | knows, details | shown
@@ -285,6 +289,15 @@ class Stages:
                 outcomes.append(seeds.Outcome(seed_of(first, index), answers, kl, read_json(folder / "ppo.json")))
         found = seeds.compare(outcomes, judge.base, judge.how.samples)
         return found | {"words": seeds.words(found), "lucky": seeds.undecided(found)}
+
+    def _influence(self, judge: Judge, candidate: Answers) -> dict[str, Any]:
+        """Whose ratings made the reward that the candidate gained."""
+        reward, settings = read_json(self.folder / "reward.json"), self.settings
+        self.progress("reward models without each cohort", 0.0)
+        fits = Refits(self._labels(), settings.reward_model, reward["map"], reward["ridge"], (judge.base, candidate))
+        found = influence(fits, judge.how.samples, None if settings.cycle.shuffle_labels else settings.reward_model.seed)
+        self.progress("reward models without each cohort", 1.0)
+        return found
 
     def _copied(self, judge: Judge, policy: Policy, candidate: Answers) -> dict[str, int]:
         """How much of what only few people wrote the candidate says. The strings stay in the cycle's folder."""

@@ -23,4 +23,5 @@ def example(seed: int = 0) -> Example:
         probes=list(PROBES),
         raters=raters(seed),
         facts=facts(),
+        hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
