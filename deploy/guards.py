@@ -34,6 +34,8 @@ BETS: Floats = np.geomspace(0.02, 0.9, 14)
 SAMPLE_RATIO = "sample ratio"
 PRIOR = 20.0
 """People of each arm that the sample-ratio check's prior is worth: a ratio off by a fifth is what it expects to find."""
+HARMS: Floats = np.geomspace(0.002, 1.0, 60)
+"""Shares of the span by which a canary is supposed to be worse, to say which harm would have stopped it."""
 CHUNK = 256
 """Pairs that are weighed at once; bounds the memory of a look after a restart."""
 
@@ -133,7 +135,7 @@ class Evidence:
         self.margins.sort()
         self._logs = {1: np.zeros((len(self.margins), len(BETS))), -1: np.zeros((len(self.margins), len(BETS)))}
         self._best = {1: np.zeros(len(self.margins)), -1: np.zeros(len(self.margins))}
-        self._spoiled = np.zeros(len(BETS))
+        self._harmed = np.zeros((len(HARMS), len(BETS)))
         self._spoiled_total = 0.0
 
     def add(self, arm: Arm, value: float) -> None:
@@ -149,10 +151,7 @@ class Evidence:
             canary, baseline = (np.array(self.waiting[arm][start:end]) for arm in ("canary", "baseline"))
             differences = np.clip(sign * (canary - baseline) / self.guardrail.span, -1.0, 1.0)
             self.total += float(differences.sum())
-            if self.guardrail.unit == "points":  # what these pairs had been, had the canary been at its worst for everybody
-                spoiled = np.clip(sign * ((sign > 0) - baseline), -1.0, 1.0)
-                self._spoiled_total += float(spoiled.sum())
-                self._spoiled += gains(spoiled, self.margins[[self._at]])[:, 0].sum(axis=0)
+            self._suppose(differences, sign * ((sign > 0) - baseline))
             for side in self._logs:
                 self._logs[side] += gains(side * differences, side * self.margins).sum(axis=0)
                 self._best[side] = np.maximum(self._best[side], mixed(self._logs[side]))
@@ -174,27 +173,29 @@ class Evidence:
     def _at(self) -> int:
         return int(np.searchsorted(self.margins, self.guardrail.margin / self.guardrail.span))
 
+    def _suppose(self, differences: Floats, spoiled: Floats) -> None:
+        """What the pairs had made of each bet, had the canary done each harm. `spoiled`: their differences with the canary at its worst."""
+        self._spoiled_total += float(spoiled.sum())
+        shares = self.guardrail.unit == "points"
+        worse = spoiled[:, None] if shares else np.clip(differences[:, None] + HARMS, -1.0, 1.0)
+        margin = self.guardrail.margin / self.guardrail.span
+        self._harmed += np.log1p((worse - margin)[:, :, None] / (1 + margin) * BETS).sum(axis=0)
+
     def detectable(self, bar: float) -> float | None:
         """The smallest mean difference, in the guardrail's unit, with which these pairs would have stopped the canary; None: none would.
 
-        Everybody worse by as much, as latency is: the mean less the bound moves up until the bound is the margin. Shares are all or
-        nothing: a harm is that a part of the canary's people, drawn at random, had seen it at its worst, and growth mixes accordingly.
+        Latency, length and reward change for everybody, so every pair is worse by as much. A share is all or nothing: that share of the
+        canary's people, drawn at random, had seen it at its worst, and the logs mix accordingly. Of `HARMS` the next one outwards.
         """
-        if self.guardrail.unit != "points":
-            low, _ = self.bounds(bar)
-            found = max(self.mean + self.guardrail.margin - low, self.guardrail.margin)
-            return found if low > -self.guardrail.span and found < self.guardrail.span else None
-
-        def stops(share: float) -> bool:
-            return float(mixed((1 - share) * self._logs[1][self._at] + share * self._spoiled)) >= math.log(bar)
-
-        if stops(0.0) or not stops(1.0):
-            return self.mean if stops(0.0) else None
-        below, above = 0.0, 1.0
-        while above - below > 1e-4:
-            middle = (below + above) / 2
-            below, above = (below, middle) if stops(middle) else (middle, above)
-        return ((1 - above) * self.total + above * self._spoiled_total) / max(self.pairs, 1)
+        logs, mean = self._logs[1][self._at], self.mean
+        if float(mixed(logs)) >= math.log(bar):
+            return mean
+        supposed, means = self._harmed, mean + self.guardrail.span * HARMS
+        if self.guardrail.unit == "points":
+            supposed = (1 - HARMS[:, None]) * logs + HARMS[:, None] * self._harmed
+            means = (1 - HARMS) * mean + HARMS * self._spoiled_total / max(self.pairs, 1)
+        stopped = mixed(supposed) >= math.log(bar)
+        return float(means[stopped.argmax()]) if stopped.any() else None
 
     def bounds(self, bar: float) -> tuple[float, float]:
         """Of the mean difference, each valid at all times with probability 1 - 1/bar; of the grid's points the next one outwards."""

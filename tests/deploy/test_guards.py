@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from deploy.answers import Answer
-from deploy.guards import BETS, GUARDRAILS, LEAST_PAIRS, Arm, Evidence, Guards, bar, path, ratio_log_e, with_margins
+from deploy.guards import BETS, GUARDRAILS, HARMS, LEAST_PAIRS, Arm, Evidence, Guardrail, Guards, bar, path, ratio_log_e, with_margins
 from feedback.errors import ConfigError
 
 ERRORS = GUARDRAILS[0]
@@ -94,6 +95,52 @@ def test_bounds_hold_the_truth_at_all_looks() -> None:
     assert low > -1.0 and high < 1.0
 
 
+def paired(guardrail: Guardrail, canary: Sequence[float], baseline: Sequence[float]) -> Evidence:
+    evidence = Evidence(guardrail)
+    for pair in zip(canary, baseline, strict=True):
+        for arm, value in zip(ARMS, pair, strict=True):
+            evidence.add(arm, value)
+    evidence.look()
+    return evidence
+
+
+def test_the_smallest_harm_of_a_share_by_hand() -> None:
+    # No pair differs and the margin is 0, so a share h of 100 people at their worst makes (1 + b)^(100h) of each bet b.
+    guardrail = replace(ERRORS, margin=0.0)
+    found = paired(guardrail, [0.0] * 100, [0.0] * 100).detectable(40)
+    assert found is not None and ((1 + BETS) ** (100 * found)).mean() >= 40
+    smaller = HARMS[found - 1e-12 > HARMS][-1]
+    assert ((1 + BETS) ** (100 * smaller)).mean() < 40
+    # And that many people at their worst do stop it: 100h of them rounded up, not rounded down to those of the harm before.
+    many, few = math.ceil(100 * found), math.floor(100 * smaller)
+    assert paired(guardrail, [1.0] * many + [0.0] * (100 - many), [0.0] * 100).log_e >= math.log(40)
+    assert paired(guardrail, [1.0] * few + [0.0] * (100 - few), [0.0] * 100).log_e < math.log(40)
+    # Where half of the baseline's thumbs are down already, people at their worst differ less: more of them are needed.
+    thumbs = next(each for each in GUARDRAILS if each.name == "thumbs")
+    best, mixed = (paired(thumbs, ups, ups).detectable(40) for ups in ([1.0] * 100, [1.0, 0.0] * 50))
+    assert best is not None and mixed is not None and mixed > best
+
+
+def test_the_smallest_harm_of_a_mean_is_the_shift_that_stops() -> None:
+    rng = np.random.default_rng(2)
+    baseline, noise = rng.normal(0, 1, 150), rng.normal(0, 0.5, 150)
+    evidence = paired(REWARD, list(baseline + noise), list(baseline))
+    found = evidence.detectable(bar(0.025))
+    assert found is not None and evidence.log_e < math.log(bar(0.025))
+    # Less reward is the harm: everybody's falls by what the mean difference lacks to it.
+    shift = found - evidence.mean
+    assert paired(REWARD, list(baseline + noise - shift), list(baseline)).log_e >= math.log(bar(0.025))
+    assert paired(REWARD, list(baseline + noise - shift / 1.2), list(baseline)).log_e < math.log(bar(0.025))
+
+
+def test_few_people_could_have_seen_no_harm_and_more_see_smaller_ones() -> None:
+    seen = [paired(ERRORS, [0.0] * people, [0.0] * people).detectable(bar(0.025)) for people in (5, 50, 500)]
+    assert seen[0] is None and seen[1] is not None and seen[2] is not None and seen[1] > seen[2] > ERRORS.margin
+    # One that was stopped had seen the harm that it had.
+    stopped = paired(ERRORS, [1.0] * 50, [0.0] * 50)
+    assert stopped.detectable(bar(0.025)) == stopped.mean == 1.0
+
+
 def test_the_sample_ratio_by_hand() -> None:
     halves = (0.5, 0.5)
     # The prior is worth 20 people an arm. The first person says nothing: (20/40)/(1/2) = 1.
@@ -119,11 +166,13 @@ def test_words_of_each_verdict() -> None:
     fill(guards, LEAST_PAIRS - 1, fine, fine)
     assert said(guards)["errors"] == "answers that broke off: 9 people in the smaller arm, at least 10 are needed"
     assert outcomes(guards)["errors"] == "inconclusive"
+    assert all(each.detectable is None for each in guards.verdicts()), "nine people could not have seen anything"
     guards = Guards(0.025)
     fill(guards, 200, Answer("stop", tokens=300, first_token_ms=200.0, total_ms=5600.0), fine)
     verdict = next(each for each in guards.verdicts() if each.name == "guardrail longer")
     assert verdict.verdict == "fail" and verdict.value is not None and verdict.value > math.log2(1.5) == verdict.threshold
     assert verdict.reason.startswith("length of an answer: x3.00 against the baseline, surely x")
+    assert verdict.detectable is not None and math.log2(1.5) < verdict.detectable <= math.log2(3) + 1e-9
     assert ", worse than x1.50 allowed (200 people an arm, the first figure of each)" in verdict.reason
     others = outcomes(guards)
     assert [name for name, outcome in others.items() if outcome == "fail"] == ["longer"]
