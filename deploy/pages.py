@@ -97,7 +97,7 @@ def in_markdown(value: object) -> str:
         return value
     text = html.escape(plain(str(value)), quote=True)
     text = re.sub(r"[\\`*_\[\]|~$:@!#{}]|(?<=www)\.", lambda found: f"&#{ord(found.group())};", text)
-    return re.sub(r"\s*\n\s*", " ⏎ ", text.strip())
+    return re.sub(r"\s*\n\s*", " ⏎ ", text)
 
 
 def percent(value: float, digits: int = 0) -> str:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from typer.testing import CliRunner
 
+import plaudit
 from deploy.card import SMALLEST_COHORT, Card, card_of
 from deploy.differences import differences
 from deploy.gates import Verdict
@@ -183,7 +185,7 @@ def test_nothing_that_was_written_is_interpreted(card: Card) -> None:
     assert not re.search(r"""(src|href)=["'](?!#)""", shown) and "default-src 'none'" in shown
     readme = rendered(model_card(card))
     assert "<script" not in readme and "<img" not in readme and "<del>" not in readme and "<s>" not in readme
-    assert re.findall(r"<a href=\"([^\"]*)\"", readme) == ["https://pypi.org/project/plaudit/"]
+    assert "<a " not in readme
     assert "evil.example" in readme and "www.evil" not in model_card(card)
     headings = re.findall(r"<h[1-6]>(.*?)</h", readme)
     assert "Heading" not in headings and "license: mit" not in headings
@@ -200,8 +202,8 @@ def test_in_markdown_a_text_comes_out_as_it_was(text: str) -> None:
     line = in_markdown(text)
     assert "\n" not in line
     out = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(f"x {line}")
-    one_line = re.sub(r"\s*\n\s*", " ⏎ ", plain(text).strip())
-    assert html.unescape(out) == f"<p>x {one_line}</p>\n"
+    one_line = re.sub(r"\s*\n\s*", " ⏎ ", plain(text))
+    assert html.unescape(out) == f"<p>x {one_line.rstrip()}</p>\n"
 
 
 def test_the_front_matter_is_what_the_hub_reads(card: Card) -> None:
@@ -268,3 +270,21 @@ def test_two_adapters_side_by_side(registry: Registry, trained: Callable[..., st
     # The same prompts are the same draw; no terminal is told to change its colour by an answer.
     assert parts["Answers"] == (("Question 0?", "Take the tram.", "Take[31m the bus."),)
     assert "Verdicts" not in parts
+
+
+def test_the_commands_write_both_files_and_print_the_tables(
+    tmp_path: Path, trained: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    settings = tmp_path / "plaudit.toml"
+    settings.write_text(f'[feedback]\ndata_dir = "{tmp_path / "data"}"\n')
+    a, b = trained(0), trained(1, kl_nats=5.0)
+    done = CliRunner().invoke(plaudit.app, ["adapters", "card", a[:12], "--license", "apache-2.0", "--config", str(settings)])
+    folder = tmp_path / "data" / "cards" / a[:16]
+    assert done.exit_code == 0 and str(folder / "README.md") in done.stdout and a[:16] in (folder / "card.html").read_text()
+    # The base is the one that these settings serve, by its name on the Hub.
+    data = ModelCard.load(folder / "README.md").data.to_dict()
+    assert (data["base_model"], data["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+    told = CliRunner().invoke(plaudit.app, ["adapters", "diff", a[:12], b[:12], "--config", str(settings)])
+    assert told.exit_code == 0 and "4.2 of 6.0 nats" in told.stdout and "5.0 of 6.0 nats" in told.stdout and "Question 0?" in told.stdout
+    assert "\x1b[31m" not in told.stdout
