@@ -19,6 +19,7 @@ from cycle_world import HELD_OUT, SETTINGS, make_job
 from torch import Tensor
 
 from deploy import lineage
+from deploy.card import Judged
 from deploy.config import ErasureSettings, PolicySettings
 from deploy.gates import Evaluation
 from deploy.manifest import read_manifest, verify
@@ -60,6 +61,13 @@ def test_a_cycle_leaves_an_adapter_with_its_evidence(world: tuple[Job, Path], re
     assert found.reward_gain_base.n == 4 and found.facts is not None and found.facts.n == 3
     assert found.kl_budget_nats == 5.0 and not found.shuffled
     assert found.probes[0].keys() == {"prompt", "base", "candidate", "stable"}
+    judged = Judged.model_validate(result.evaluation)
+    assert judged.influence is not None and judged.influence.shuffled is not None and judged.answers is not None
+    # All raters carry one tag, which nobody can be left out by; four prompts have two answers each, all of which are shown.
+    assert [(row.cohort, row.raters, row.ratings, row.pull) for row in judged.influence.cohorts] == [("simulated", 10, 180, None)]
+    assert judged.answers.of == len(judged.answers.random) == len(judged.answers.worst) == 8
+    changes = [each.change for each in judged.answers.worst]
+    assert changes == sorted(changes) and found.length.stable == found.length.base, "stable is the base here"
     reward = json.loads((result.folder / "reward.json").read_text())
     assert reward["choices"] == reward["thumbs"] == 90 and reward["simulated_raters"] == reward["raters"] == 10
     assert reward["second"] and reward["accuracy"]["prompts"]["n"] == 90

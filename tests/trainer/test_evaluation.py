@@ -16,6 +16,8 @@ from deploy.texts import repetition
 from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings
 from trainer.evaluation import (
+    LONGEST,
+    READ,
     Answers,
     Judge,
     Sampling,
@@ -24,6 +26,8 @@ from trainer.evaluation import (
     kl_by_position,
     length_matched_win,
     sample,
+    shortened,
+    to_read,
 )
 from trainer.labels import features_of
 from trainer.policy import Policy
@@ -134,3 +138,29 @@ def test_a_win_counts_only_against_answers_that_are_as_long() -> None:
     assert found["low"] == 0.0 and found["high"] == 1.0
     # 20 and 18 differ by a tenth of the longer, which is not less.
     assert length_matched_win(said([20, 20], [1.0, 1.0]), said([18, 18], [0.0, 0.0]), 2) is None
+
+
+def test_answers_to_read_by_hand() -> None:
+    def said(scores: list[float], name: str) -> Answers:
+        return Answers([Reply((1,), (2,), True)] * 4, [f"{name} {i}" for i in range(4)], torch.tensor(scores), {})
+
+    how = replace(HOW, samples=2)
+    # Two prompts, two answers each. Stable's means are 1 and 0; less those the candidate's scores are -1, 1, -3, 2.
+    old, new = said([0.0, 2.0, 0.5, -0.5], "old"), said([0.0, 2.0, -3.0, 2.0], "new")
+    found = to_read(["first?", "second?"], old, new, how)
+    assert found["of"] == 4
+    assert [(row["prompt"], row["stable"], row["candidate"], row["change"]) for row in found["worst"]] == [
+        ("second?", "old 2", "new 2", -3.0),
+        ("first?", "old 0", "new 0", -1.0),
+        ("first?", "old 1", "new 1", 1.0),
+        ("second?", "old 3", "new 3", 2.0),
+    ]
+    # More answers than are shown: the draw is the seed's, whatever the candidate said, and the worst are the lowest of all.
+    many = said([0.0] * 4, "old")
+    many = Answers(many.replies * 20, [f"old {i}" for i in range(80)], torch.arange(80.0), {})
+    other = replace(many, texts=[f"new {i}" for i in range(80)], scores_N=-torch.arange(80.0))
+    prompts = [f"{i}?" for i in range(40)]
+    drawn = [[row["prompt"] for row in to_read(prompts, many, each, how)["random"]] for each in (many, other)]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == READ
+    assert [row["candidate"] for row in to_read(prompts, many, other, how)["worst"]][:2] == ["new 79", "new 78"]
+    assert shortened("x" * (LONGEST + 1)) == "x" * (LONGEST - 1) + "…" and shortened("x" * LONGEST) == "x" * LONGEST
