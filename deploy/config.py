@@ -118,6 +118,8 @@ class GateSettings(Section):
     """Held-out prompts below which a gain is not judged."""
     kl_slack: float = Field(default=1.5, ge=1)
     """The KL may exceed its budget by this factor, the hard stop of training."""
+    max_kl_budget_nats: float = Field(default=10.0, gt=0)
+    """A larger budget of the trainer's counts as this one, which is the largest that it chooses by itself."""
     facts_margin_points: float = Field(default=2.0, gt=0)
     """Facts may be this much worse at most, at the upper bound of the harm."""
     min_facts: int = Field(default=2000, ge=1)

@@ -12,6 +12,11 @@ MIN_FINISHED = 30
 """Fewer answers that ended by themselves do not tell their KL."""
 
 
+def _most(found: Evaluation, settings: GateSettings) -> float:
+    """Whoever trains without a budget must not thereby be judged without one."""
+    return min(found.kl_budget_nats, settings.max_kl_budget_nats) * settings.kl_slack
+
+
 @dataclass(frozen=True)
 class KlBudget:
     """How far did the policy move from base? Beyond the budget the reward model knows nothing."""
@@ -19,7 +24,7 @@ class KlBudget:
     name: str = "KL"
 
     def judge(self, found: Evaluation, settings: GateSettings) -> Verdict:
-        most = found.kl_budget_nats * settings.kl_slack
+        most = _most(found, settings)
         # The sum of a reply that was cut off is only a part of its KL, so the mean of all replies is too low and what exceeds the budget
         # in it surely does. Of those that ended nothing is missing, where they are enough to tell.
         whole = found.kl_finished_nats if found.finished_replies >= MIN_FINISHED else None
@@ -52,7 +57,7 @@ class KlAtOne:
     def judge(self, found: Evaluation, settings: GateSettings) -> Verdict:
         if found.kl_nats_at_1 is None:
             return unmeasured(self.name, "the KL at temperature 1 was")
-        kl, most = found.kl_nats_at_1, found.kl_budget_nats * settings.kl_slack
+        kl, most = found.kl_nats_at_1, _most(found, settings)
         if not (math.isfinite(kl) and most > 0):
             return Verdict.error(self.name, f"KL {kl} of a budget of {found.kl_budget_nats} nats cannot be judged; evaluate again")
         inside = kl <= most

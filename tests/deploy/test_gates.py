@@ -69,6 +69,9 @@ def test_a_good_candidate_passes_every_gate() -> None:
         ("gain over base", {"reward_gain_base": {"mean": 0.5, "low": 0.1, "high": 0.9, "n": 7}}, "inconclusive", "at least 8 are needed"),
         ("gain over base", {"reward_gain_base": {"mean": 0.5, "low": None, "high": None, "n": 9}}, "error", "without a lower bound"),
         ("KL", {"kl_nats": 3.01}, "fail", "3.01 nats an answer from base > 3.00; train again with a smaller ppo.kl_target_nats"),
+        # Trained without a budget: 10 nats is the largest that counts, times 1.5.
+        ("KL", {"kl_nats": 15.01, "kl_budget_nats": 1e6}, "fail", "15.01 nats an answer from base > 15.00"),
+        ("KL at temperature 1", {"kl_nats_at_1": 15.01, "kl_budget_nats": 1e6}, "fail", "at temperature 1 > 15.00"),
         ("KL", {"kl_nats": float("nan")}, "error", "evaluate again"),
         ("facts against base", {"facts": None}, "error", "give the trainer a facts file"),
         ("facts against base", {"facts": facts(candidate=0.75, diff=-0.05, low=-0.06)}, "fail", "facts were lost"),
