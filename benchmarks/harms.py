@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from statistics import median
+from statistics import mean
 
 import numpy as np
 
@@ -92,11 +92,11 @@ def base_answers() -> dict[str, list[tuple[str, bool]]]:
 
 
 def fans(liking: Liking, seed: int, known: Mapping[str, Sequence[tuple[str, bool]]]) -> list[Fan]:
-    """Those who are asked, then those who are not; each a little different. Half of the known answers get a thumb up."""
+    """Those who are asked, then those who are not; each a little different. An answer of mean liking gets as many thumbs up as down."""
     rng = np.random.default_rng([seed, RATING, UNSEEN])
     by_prompt = [[liking(prompt, *one) for one in some] for prompt, some in known.items()]
     scale = SPREAD / float(np.sqrt(np.mean([np.var(some) for some in by_prompt])))
-    middle = scale * median(value for some in by_prompt for value in some)
+    middle = scale * mean(value for some in by_prompt for value in some)
     made = []
     for index in range(RATING + UNSEEN):
         own, strictness = scale * float(rng.uniform(0.8, 1.2)), middle + float(rng.normal(0, 0.7))
@@ -144,7 +144,7 @@ def honest(seed: int, *, hacked: bool = False) -> Scheme:
     usual = Scheme("honest", (), made.rated_by("P"), made.unseen["P"], PPO["concierge"])
     if not hacked:
         return usual
-    unbraked = {**usual.ppo, "iterations": 40, "learning_rate": 2e-3, "kl_target_nats": 1e6, "patience": 400}
+    unbraked = {**usual.ppo, "iterations": 28, "rollouts": 64, "learning_rate": 3e-3, "kl_target_nats": 1e6, "patience": 400}
     return replace(usual, name="reward-hacked", named_by=("KL", "KL at temperature 1"), ppo=unbraked, by_score=True)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gates import INVENTED, OFF, SHIPPED, popular, refused, scaled, unharmed
-from benchmarks.harms import DOUBTS, PHRASE, PIECES, base_answers, believers, crowd, fans, fancy, longer, planted
+from benchmarks.harms import DOUBTS, PHRASE, PIECES, base_answers, believers, crowd, fancy, fans, longer, planted
 from examples.smollm2.facts import facts
 from tests.deploy.test_gates import GOOD
 from trainer.knowledge import asked
@@ -37,7 +37,7 @@ def test_half_of_what_is_known_pleases_and_choices_are_noisy() -> None:
             ups += [each.utility(prompt, *one) > each.strictness for each in people for one in some]
             gaps = np.array([people[0].utility(prompt, *one) for one in some])
             sure.append(np.abs(gaps[:, None] - gaps[None]))
-        assert 0.3 < np.mean(ups) < 0.7 or liking is not longer, "few words in common: what is rare may please fewer"
+        assert 0.3 < np.mean(ups) < 0.7
         assert 0.6 < np.mean(1 / (1 + np.exp(-np.concatenate([each.ravel() for each in sure])))) < 0.9
 
 
