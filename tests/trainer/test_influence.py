@@ -44,7 +44,8 @@ def opposed(many: int = 7, few: int = 5) -> Labels:
             second += [4 * prompt + 1, 4 * prompt + 3]
             outcomes += [A if rater < many else B, A]
             raters += [rater] * 2
-    choices = Choices(*map(torch.tensor, (first, second, outcomes, raters)), torch.zeros(len(first), dtype=torch.bool))
+    columns = [torch.tensor(each) for each in (first, second, outcomes, raters)]
+    choices = Choices(columns[0], columns[1], columns[2], columns[3], torch.zeros(len(first), dtype=torch.bool))
     none = torch.zeros(0, dtype=torch.long)
     return Labels(
         features_ND=features,
