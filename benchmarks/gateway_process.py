@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from pydantic import JsonValue
 
 from benchmarks import planted
 from deploy.config import PolicySettings
@@ -227,7 +228,8 @@ def promote(registry: Registry, adapter: str, step: Callable[[str], None] = lamb
     rollout = registry.begin_rollout(adapter, "operator").id
     registry.start_canary(rollout, 0.5, [], "operator", epoch)
     step("canary")
-    registry.await_approval(rollout, [], "enough seen", "operator", epoch)
+    won: list[dict[str, JsonValue]] = [{"name": "wins", "verdict": "pass", "reason": "enough seen"}]
+    registry.await_approval(rollout, won, "enough seen", "operator", epoch)
     registry.promote(rollout, "operator")
 
 

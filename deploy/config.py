@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from feedback.config import Section
+
+Weight = Annotated[float, Field(gt=0, le=0.5)]
 
 
 class PolicySettings(Section):
@@ -74,8 +77,18 @@ class EngineSettings(Section):
 class RolloutSettings(Section):
     """From candidate to stable."""
 
-    weight: float = Field(default=0.3, gt=0, le=0.5)
-    """Share of users who get the canary; as many get the baseline."""
+    weights: tuple[Weight, ...] = Field(default=(0.1, 0.3, 0.5), min_length=1)
+    """Shares of users who get the canary, one step after the other; as many get the baseline."""
+    step_people: int = Field(default=10, ge=1)
+    """Before the next step so many more people an arm have got an answer, each in one arm for good."""
+    step_minutes: float = Field(default=10.0, ge=0)
+    """A step lasts so long at least."""
+    step_days: float = Field(default=1.0, ge=0)
+    """A step with fewer people goes on after so long, if no guardrail fails."""
+    error_minutes: float = Field(default=10.0, ge=0)
+    """A rollout that cannot be judged for so long is stopped."""
+    approval_days: float = Field(default=7.0, gt=0)
+    """A canary that has won and that nobody approves within this time is stopped."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
     """Risk of ever promoting one that people like no better; the i-th canary is tested at alpha / (i (i + 1))."""
     guard_alpha: float = Field(default=0.025, gt=0, lt=1)
@@ -96,6 +109,13 @@ class RolloutSettings(Section):
     """How long a leader that has gone silent stays leader."""
     drain_s: float = Field(default=60.0, ge=0)
     """How long a name that nobody needs any more stays loaded; answers being written go on."""
+
+    @field_validator("weights")
+    @classmethod
+    def _grow(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
+        if any(before >= after for before, after in pairwise(weights)):
+            raise ValueError(f"{weights} must grow from step to step")
+        return weights
 
 
 class ErasureSettings(Section):

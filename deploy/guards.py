@@ -251,6 +251,11 @@ class Guards:
         if count in DEPTHS:
             self._evidence[name, count].add(arm, total / count)
 
+    @property
+    def people(self) -> int:
+        """Of the smaller arm, who have got an answer; as of the last `verdicts`."""
+        return self._evidence["errors", DEPTHS[0]].pairs
+
     def forget(self, people: Iterable[str]) -> None:
         """Drop what is kept by person. Sums over pairs stay: nobody can be found in them."""
         gone = set(people) & self._people.keys()

@@ -51,6 +51,11 @@ class Ledger:
             db.execute(update(leases).where(leases.c.name == name).values(holder=holder, epoch=epoch, expires_ms=expires))
             return epoch
 
+    def clock_ms(self) -> int:
+        """Unix milliseconds by the database's clock."""
+        with self._read() as db:
+            return now_ms(db)
+
     def unsent(self, limit: int = 100) -> list[Event]:
         """Events of changes that are not in the event log yet."""
         with self._read() as db:

@@ -63,3 +63,7 @@ class RolloutRecord(Model):
     reason: str
     verdicts: list[dict[str, JsonValue]]
     approved_by: str | None
+    since_ms: int | None = None
+    """When it came to its state and weight."""
+    error_ms: int | None = None
+    """Since when it cannot be judged, look after look; None while it can."""

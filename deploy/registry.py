@@ -21,7 +21,7 @@ from deploy.routing import AdapterRef, RoutingTable
 from deploy.store import AdapterStore
 from deploy.tables import adapters, alias_history, aliases, attestations, facts, holdings, rollouts
 from feedback.database import now_ms
-from feedback.errors import Conflict, InvalidInput, NotFound
+from feedback.errors import Conflict, InvalidInput, NotFound, PromotionRefused
 from feedback.events import AdapterEvent, RolloutEvent, new_id
 
 ACTIVE = ("gates", "canary", "awaiting")
@@ -132,13 +132,14 @@ class Registry(Ledger):
         return previous
 
     def routing(self) -> RoutingTable:
-        """What gateways go by. Raises NotFound as long as there is no stable."""
+        """What gateways go by; no canary while a living replica does not hold it. Raises NotFound as long as there is no stable."""
         with self._read() as db:
             version = int(db.execute(select(facts.c.value).where(facts.c.name == "version")).scalar_one())
             named = {
                 row.name: row for row in db.execute(select(aliases.c.name, adapters).join(adapters, adapters.c.id == aliases.c.adapter))
             }
             row = db.execute(select(rollouts).where(rollouts.c.state.in_(("canary", "awaiting")))).first()
+            held = _held(db) if row is not None else None
         if "stable" not in named:
             raise NotFound("there is no stable adapter yet", field="stable")
 
@@ -150,6 +151,8 @@ class Registry(Ledger):
         table = RoutingTable(version=version, stable=stable, previous=ref("previous"))
         if row is None or "canary" not in named:
             return table
+        if held is not None and not arms(row.adapter, row.stable, row.id) <= held:
+            return table  # a replica restarts or lost it: these people go on with stable meanwhile
         return table.model_copy(update={"canary": ref("canary"), "rollout": row.id, "weight": row.weight, "salt": row.salt})
 
     def wanted(self) -> dict[str, Path]:
@@ -173,8 +176,7 @@ class Registry(Ledger):
     def held_everywhere(self) -> set[str]:
         """Names that every living replica holds; empty where none lives."""
         with self._read() as db:
-            rows = db.execute(select(holdings.c.names).where(holdings.c.at_ms > now_ms(db) - HOLDING_AGE_MS)).all()
-        return set.intersection(*(set(row.names) for row in rows)) if rows else set()
+            return _held(db) or set()
 
     # --- rollouts ---------------------------------------------------------------------------------------------------
 
@@ -189,7 +191,8 @@ class Registry(Ledger):
                 raise NotFound("there is no stable adapter to compare with", field="stable")
             number = int(db.execute(select(func.count()).select_from(rollouts).where(rollouts.c.canary_ms.is_not(None))).scalar_one()) + 1
             values = {"id": rollout_id, "adapter": adapter_id, "stable": stable, "number": number, "state": "gates", "weight": 0.0}
-            blank = {"salt": rollout_id, "started_ms": now_ms(db), "reason": "gates are being judged", "verdicts": []}
+            now = now_ms(db)
+            blank = {"salt": rollout_id, "started_ms": now, "since_ms": now, "reason": "gates are being judged", "verdicts": []}
             db.execute(insert(rollouts).values(**values, **blank))
             self._emit(db, RolloutEvent(**self._head(), type="rollout.started", rollout=rollout_id, adapter=adapter_id, actor=by))
         return self.rollout(rollout_id)
@@ -212,22 +215,32 @@ class Registry(Ledger):
     def start_canary(self, rollout_id: str, weight: float, verdicts: list[dict[str, JsonValue]], by: str, epoch: int) -> None:
         """People begin to be answered by it."""
         with self._step(rollout_id, "gates", by, "canary", epoch) as (db, row):
+            now = now_ms(db)
             reason = f"{weight:.0%} of people are answered by it"
-            values = {"state": "canary", "weight": weight, "canary_ms": now_ms(db), "reason": reason, "verdicts": verdicts}
-            db.execute(update(rollouts).where(rollouts.c.id == rollout_id).values(**values))
+            self._arrive(db, rollout_id, verdicts, since_ms=now, state="canary", weight=weight, canary_ms=now, reason=reason)
             self._move(db, {"canary": row.adapter}, {"canary": None}, by, "canary")
             self._set_state(db, row.adapter, "canary", "canary")
 
     def await_approval(self, rollout_id: str, verdicts: list[dict[str, JsonValue]], reason: str, by: str, epoch: int) -> None:
         """The canary has won; a person decides."""
         with self._step(rollout_id, "canary", by, "awaiting", epoch) as (db, _):
-            db.execute(update(rollouts).where(rollouts.c.id == rollout_id).values(state="awaiting", reason=reason, verdicts=verdicts))
+            self._arrive(db, rollout_id, verdicts, since_ms=now_ms(db), state="awaiting", reason=reason)
 
-    def note(self, rollout_id: str, reason: str, verdicts: list[dict[str, JsonValue]], epoch: int | None = None) -> None:
-        """What the last look showed, for people to read; no transition."""
+    def grow_canary(self, rollout_id: str, weight: float, verdicts: list[dict[str, JsonValue]], by: str, epoch: int) -> None:
+        """The next step: more people are answered by it, those who were stay. Raises Conflict where the weight would not grow."""
+        with self._step(rollout_id, "canary", by, "grown", epoch, f"{weight:.0%} of people") as (db, row):
+            if weight <= row.weight:
+                raise Conflict(f"rollout {rollout_id} has weight {row.weight:g}, which does not grow to {weight:g}", field="weight")
+            self._arrive(db, rollout_id, verdicts, since_ms=now_ms(db), weight=weight, reason=f"{weight:.0%} of people are answered by it")
+
+    def note(
+        self, rollout_id: str, reason: str, verdicts: list[dict[str, JsonValue]], epoch: int | None = None, *, error: bool = False
+    ) -> None:
+        """What the last look showed, for people to read; no transition. `error`: it could not be judged, and since when is kept."""
         with self._write(epoch) as db:
             where = (rollouts.c.id == rollout_id) & rollouts.c.state.in_(ACTIVE)
-            db.execute(update(rollouts).where(where).values(reason=reason, verdicts=verdicts))
+            since = func.coalesce(rollouts.c.error_ms, now_ms(db)) if error else None
+            db.execute(update(rollouts).where(where).values(reason=reason, verdicts=verdicts, error_ms=since))
 
     def end_rollout(
         self, rollout_id: str, reason: str, by: str, verdicts: list[dict[str, JsonValue]] | None = None, epoch: int | None = None
@@ -244,8 +257,11 @@ class Registry(Ledger):
             self._end(db, rollout_id, row.adapter, "stopped", reason, by)
 
     def promote(self, rollout_id: str, by: str) -> None:
-        """The canary becomes stable, stable becomes previous. Raises Conflict where it does not wait for approval."""
+        """The canary becomes stable, stable becomes previous. Raises Conflict where it does not wait for approval, and PromotionRefused
+        where what is stored does not say that it won and that nothing is wrong."""
         with self._step(rollout_id, "awaiting", by, "promoted", None) as (db, row):
+            if (lacking := _unproven(row)) is not None:
+                raise PromotionRefused(f"approval: {row.adapter[:16]}: {lacking}", field="adapter")
             stable = alias_of(db, "stable")
             before: dict[Alias, str | None] = {"stable": row.stable, "canary": row.adapter}
             self._move(db, {"stable": row.adapter, "previous": stable, "canary": None}, before, by, "approved")
@@ -286,9 +302,11 @@ class Registry(Ledger):
     # --- inside a transaction ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def _step(self, rollout_id: str, state: str, by: str, to: str, epoch: int | None) -> Iterator[tuple[Connection, RolloutRecord]]:
+    def _step(
+        self, rollout_id: str, state: str, by: str, to: str, epoch: int | None, reason: str | None = None
+    ) -> Iterator[tuple[Connection, RolloutRecord]]:
         """A transition, refused unless the rollout is in `state` and, for the controller, its epoch is the newest."""
-        with self._change(by, f"rollout.{to}", rollout_id, to, epoch) as db:
+        with self._change(by, f"rollout.{to}", rollout_id, reason or to, epoch) as db:
             row = db.execute(select(rollouts).where(rollouts.c.id == rollout_id)).first()
             if row is None or row.state != state:
                 found = "unknown" if row is None else row.state
@@ -297,6 +315,10 @@ class Registry(Ledger):
             yield db, record
             kind: Literal["rollout.approved", "rollout.stepped"] = "rollout.approved" if to == "promoted" else "rollout.stepped"
             self._emit(db, RolloutEvent(**self._head(), type=kind, rollout=rollout_id, adapter=record.adapter, actor=by, detail={"to": to}))
+
+    def _arrive(self, db: Connection, rollout_id: str, verdicts: list[dict[str, JsonValue]], **values: float | str) -> None:
+        """It is somewhere else now, and can be judged."""
+        db.execute(update(rollouts).where(rollouts.c.id == rollout_id).values(verdicts=verdicts, error_ms=None, **values))
 
     def _attest(self, db: Connection, adapter_id: str, kind: str, body: Mapping[str, JsonValue], by: str) -> str:
         values = {"id": new_id(), "adapter": adapter_id, "kind": kind, "body": dict(body), "actor": by, "at_ms": now_ms(db)}
@@ -314,3 +336,23 @@ class Registry(Ledger):
             self._set_state(db, adapter_id, "refused", reason)
         detail: dict[str, JsonValue] = {"reason": reason}
         self._emit(db, RolloutEvent(**self._head(), type="rollout.ended", rollout=rollout_id, adapter=adapter_id, actor=by, detail=detail))
+
+
+def _unproven(row: RolloutRecord) -> str | None:
+    """What keeps these verdicts from being a proof; None where they are one."""
+    for each in row.verdicts:
+        if each.get("verdict") in ("fail", "error"):
+            return f"{each.get('name')}: {each.get('reason')}"
+    won = any(each.get("name") == "wins" and each.get("verdict") == "pass" for each in row.verdicts)
+    return None if won else "no passing verdict 'wins' is stored, so nobody has shown that people prefer it"
+
+
+def arms(adapter: str, stable: str, rollout: str) -> set[str]:
+    """The names that a replica must hold for a canary: its own, and stable's for the baseline."""
+    return {vllm_name(adapter), vllm_name(stable, rollout)}
+
+
+def _held(db: Connection) -> set[str] | None:
+    """What every living replica holds; None where none reports."""
+    rows = db.execute(select(holdings.c.names).where(holdings.c.at_ms > now_ms(db) - HOLDING_AGE_MS)).all()
+    return set.intersection(*(set(row.names) for row in rows)) if rows else None

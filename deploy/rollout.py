@@ -2,48 +2,62 @@
 
                  gates pass               win test passes            a person approves
     candidate ──────────────▶  canary  ──────────────────▶  awaiting ──────────────────▶  promoted (stable)
-        │                        │                              │                              │
-        │ a gate fails           │ a guard fails, it cannot     │ stopped by a person          │ rollback: `previous` answers
-        ▼                        ▼ win any more, it is late     ▼                              ▼ again, in one transaction
-      stopped ◀──────────────────┴──────────────────────────────┘                           retired
+        │                     │ ▲    │                          │                              │
+        │                     └─┘    │                          │                              │
+        │         enough people: the │ next weight              │                              │
+        │                            │                          │                              │
+        │ a gate fails, it is        │ a guard fails, it cannot │ a guard fails, nobody        │ rollback: `previous` answers
+        ▼ not loaded in time         ▼ win any more, it is late ▼ approves in time             ▼ again, in one transaction
+      stopped ◀──────────────────────┴──────────────────────────┘                           retired
 
-Only a verdict `pass` advances. At the gates everything else ends the rollout and says what is missing: a candidate does not
-change, the next one may do better. A canary that is inconclusive waits for more people. Every step is one
-transaction in the registry before anything acts on it, so a controller that is killed anywhere leaves no more weight
-than the last durable decision.
+A person may stop it anywhere. Only a verdict `pass` advances. At the gates everything else ends the rollout and says what is
+missing: a candidate does not change, the next one may do better. A canary that is inconclusive waits for more people. What cannot be
+judged (`error`: the archive cannot be read, its data is late, a replica has lost the adapter, the arms are of unequal size) waits too,
+is shown, and ends the rollout after `error_minutes`: nobody stays on a canary that nobody watches. So no state lasts for ever.
+
+The weight grows in steps; whoever is on the canary stays there, and the baseline grows with it. Every step is one transaction in the
+registry before anything acts on it, so a controller that is killed anywhere leaves no more weight than the last durable decision.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import structlog
 from pydantic import JsonValue, ValidationError
 
 from deploy.config import GateSettings, RolloutSettings
 from deploy.engine import Engine
 from deploy.evalues import win_test
 from deploy.gates import Evaluation, Verdict, judge, withheld
-from deploy.guards import Guards, with_margins
+from deploy.guards import Guardrail, Guards, with_margins
 from deploy.manifest import vllm_name
 from deploy.records import AdapterRecord, RolloutRecord
-from deploy.registry import Registry
+from deploy.registry import Registry, arms
 from deploy.votes import votes
 from deploy.watch import Watch
 from feedback.archive import Archive
-from feedback.clock import wall_ms
-from feedback.errors import EngineError, NotFound, PromotionRefused
+from feedback.errors import Conflict, EngineRefused, EngineUnavailable, NotFound, PlauditError, PromotionRefused
 from feedback.keys import ApiKey
 from feedback.subjects import Subjects
 
 CONTROLLER = "controller"
-DAY_MS = 24 * 3600 * 1000
+MINUTE_MS = 60_000
+DAY_MS = 24 * 60 * MINUTE_MS
+LATE_S = 30.0
+"""The archive may lag behind the log by so much."""
+LATER = ("wins", "guardrail ", "step", "data", "replicas", "look")
+"""Verdicts on a canary begin so; the others are its gates', and stay."""
+
+log = structlog.get_logger()
 
 
 @dataclass
 class Rollout:
-    """Decides; the registry makes it durable."""
+    """Decides; the registry makes it durable. Raises ConfigError for margins of guardrails that there cannot be."""
 
     registry: Registry
     archive: Archive
@@ -52,7 +66,15 @@ class Rollout:
     gates: GateSettings
     subjects: Subjects | None = None
     """Opens what people wrote, for the guardrails that read it."""
+    newest: Callable[[], int] | None = None
+    """The newest stamp in the log, which the archive has to reach; without, nobody notices that its data is late."""
+    _guardrails: tuple[Guardrail, ...] = field(init=False)
     _watch: Watch | None = field(default=None, init=False)
+    _awaited: tuple[int, float] = field(default=(0, 0.0), init=False)
+    """A stamp, and since when the archive has been waited for to reach it."""
+
+    def __post_init__(self) -> None:
+        self._guardrails = with_margins(self.settings.guard_margins)
 
     async def advance(self, epoch: int) -> None:
         """Look once and take the step that is due. Raises Conflict where another controller has taken over."""
@@ -60,11 +82,17 @@ class Rollout:
         if running is None:
             if (candidate := self._next()) is not None:
                 self.registry.begin_rollout(candidate.id, CONTROLLER, epoch)
-        elif running.state == "gates":
-            await self._judge_gates(running, epoch)
-        else:
-            # In a thread: reading thousands of answers takes long enough for people to see their streams stand still.
-            await asyncio.to_thread(self._judge_canary, running, epoch)
+            return
+        try:
+            if running.state == "gates":
+                await self._judge_gates(running, epoch)
+            else:
+                # In a thread: reading thousands of answers takes long enough for people to see their streams stand still.
+                await asyncio.to_thread(self._judge_canary, running, epoch)
+        except Conflict:
+            raise
+        except Exception as exc:  # noqa: BLE001  the look's edge: it is shown as a verdict, and after `error_minutes` the rollout ends
+            await asyncio.to_thread(self._broken, running, exc, epoch)
 
     def _next(self) -> AdapterRecord | None:
         """The newest candidate whose evaluation is there; older ones learned from fewer ratings."""
@@ -79,9 +107,8 @@ class Rollout:
         if erasure.verdict != "pass":
             self._stop(running, [erasure], epoch)
             return
-        needed = {name, vllm_name(running.stable, running.id)}
-        if not needed <= self.registry.held_everywhere():
-            if wall_ms() - running.started_ms > 1000 * self.gates.probe_timeout_s:
+        if not arms(running.adapter, running.stable, running.id) <= self.registry.held_everywhere():
+            if self.registry.clock_ms() - running.started_ms > 1000 * self.gates.probe_timeout_s:
                 verdict = Verdict.failed(
                     "loads", f"no replica has loaded {name} within {self.gates.probe_timeout_s:g} s; see the replica's log"
                 )
@@ -97,19 +124,27 @@ class Rollout:
             self._stop(running, [unread], epoch)
             return
         overrides = self.registry.attestations(running.adapter, "override")
-        verdicts = [await self._answers(name), *judge(evaluation, self.gates, overrides)]
+        answers = await self._answers(name)
+        verdicts = [answers, *judge(evaluation, self.gates, overrides)]
         if all(verdict.verdict == "pass" for verdict in verdicts):
-            self.registry.start_canary(running.id, self.settings.weight, _rows(verdicts), CONTROLLER, epoch)
+            self.registry.start_canary(running.id, self.settings.weights[0], _rows(verdicts), CONTROLLER, epoch)
+        elif answers.verdict == "error":
+            self._wait(running, verdicts, [answers], epoch)
         else:
             self._stop(running, verdicts, epoch)
 
     async def _answers(self, name: str) -> Verdict:
-        """It loads and says something."""
+        """It loads and says something. A server that is away is no fault of the adapter's."""
         body = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0}
         try:
-            reply = await self.engine.complete(body)
-        except EngineError as exc:
+            async with asyncio.timeout(self.gates.probe_timeout_s):
+                reply = await self.engine.complete(body)
+        except EngineRefused as exc:
             return Verdict.failed("answers", f"the model server did not answer with it: {exc.message}")
+        except EngineUnavailable as exc:
+            return Verdict.error("answers", f"the model server cannot be asked: {exc.message}")
+        except TimeoutError:
+            return Verdict.error("answers", f"the model server has not answered within {self.gates.probe_timeout_s:g} s")
         tokens = int((reply.get("usage") or {}).get("completion_tokens", 0))
         if tokens < 1:
             return Verdict.failed("answers", "it answered with 0 tokens, at least 1 is needed")
@@ -118,43 +153,134 @@ class Rollout:
     # --- canary -----------------------------------------------------------------------------------------------------
 
     def _judge_canary(self, running: RolloutRecord, epoch: int) -> None:
-        of_the_canary = ("wins", "guardrail ")
-        gates = [Verdict.model_validate(row) for row in running.verdicts if not str(row.get("name")).startswith(of_the_canary)]
-        guards = self._guards(running)
+        guards = [*self._data(), *self._replicas(running), *self._guards(running)]
+        so_far = [*_gates(running), *guards]
+        errors = [each for each in guards if each.verdict == "error"]
         if any(each.verdict == "fail" for each in guards):
-            self._stop(running, [*gates, *guards], epoch, [each for each in guards if each.verdict in ("fail", "error")])
+            self._stop(running, so_far, epoch, [each for each in guards if each.verdict in ("fail", "error")])
             return
         if running.state == "awaiting":
+            self._judge_awaiting(running, so_far, errors, epoch)
             return
-        test = win_test(votes(self.archive, running.id, self.settings.votes_per_rater), running.number, self.settings)
-        verdicts = [*gates, *guards, test.verdict]
-        broken = next((each for each in guards if each.verdict == "error"), None)
-        if test.verdict.verdict == "pass" and broken is None:
-            reason = f"{test.verdict.reason}; waits for approval by a person: plaudit adapters promote {running.adapter[:16]}"
+        wins = win_test(votes(self.archive, running.id, self.settings.votes_per_rater), running.number, self.settings).verdict
+        verdicts = [*so_far, wins]
+        if wins.verdict == "fail":
+            self._stop(running, verdicts, epoch, [wins])
+        elif self._lasts(running.canary_ms, self.settings.max_days * DAY_MS):
+            late = Verdict.failed("wins", f"inconclusive after {self.settings.max_days:g} days: {wins.reason}")
+            self._stop(running, [*so_far, late], epoch, [late])
+        elif errors:
+            self._wait(running, verdicts, errors, epoch)
+        elif larger := [weight for weight in self.settings.weights if weight > running.weight]:
+            step = self._step(running, larger[0])
+            if step.verdict == "pass":
+                self.registry.grow_canary(running.id, larger[0], _rows([*verdicts, step]), CONTROLLER, epoch)
+            else:
+                self._note(running, f"{wins.reason}; {step.reason}", [*verdicts, step], epoch)
+        elif wins.verdict == "pass":
+            reason = f"{wins.reason}; waits for approval by a person: plaudit adapters promote {running.adapter[:16]}"
             self.registry.await_approval(running.id, _rows(verdicts), reason, CONTROLLER, epoch)
-        elif test.verdict.verdict == "fail":
-            self._stop(running, verdicts, epoch, [test.verdict])
-        elif self._late(running):
-            late = Verdict.failed("wins", f"inconclusive after {self.settings.max_days:g} days: {test.verdict.reason}")
-            self._stop(running, [*gates, *guards, late], epoch, [late])
         else:
-            self.registry.note(running.id, (broken or test.verdict).reason, _rows(verdicts), epoch)
+            self._note(running, wins.reason, verdicts, epoch)
+
+    def _judge_awaiting(self, running: RolloutRecord, so_far: Sequence[Verdict], errors: Sequence[Verdict], epoch: int) -> None:
+        verdicts = [*so_far, *(each for each in _stored(running) if each.name == "wins")]
+        if self._lasts(running.since_ms, self.settings.approval_days * DAY_MS):
+            late = Verdict.failed("approval", f"nobody approved it within {self.settings.approval_days:g} days (rollout.approval_days)")
+            self._stop(running, [*verdicts, late], epoch, [late])
+        elif errors:
+            self._wait(running, verdicts, errors, epoch)
+        else:
+            won = next(each.reason for each in verdicts if each.name == "wins")
+            self._note(running, f"{won}; waits for approval by a person: plaudit adapters promote {running.adapter[:16]}", verdicts, epoch)
+
+    def _step(self, running: RolloutRecord, larger: float) -> Verdict:
+        """Whether enough people, or enough time, have shown nothing wrong at this weight."""
+        settings, people = self.settings, self._watch.guards.people if self._watch else 0
+        taken = max(1, sum(weight <= running.weight for weight in settings.weights))
+        minutes = (self.registry.clock_ms() - _since(running)) / MINUTE_MS
+        needed = settings.step_people * taken
+        figures = (
+            f"step {taken} of {len(settings.weights)}, {running.weight:.0%} of people: {people} people in the smaller arm, "
+            f"needed >= {needed}, or {settings.step_days:g} days; {minutes:.0f} minutes, needed >= {settings.step_minutes:g}"
+        )
+        enough = people >= needed or minutes * MINUTE_MS >= settings.step_days * DAY_MS
+        if enough and minutes >= settings.step_minutes:
+            return Verdict.passed("step", f"{figures}; {larger:.0%} next")
+        return Verdict.inconclusive("step", figures)
+
+    def _data(self) -> list[Verdict]:
+        """An error where the archive has not heard for long what the log holds."""
+        if self.newest is None:
+            return []
+        stamp, since = self._awaited
+        if self.archive.as_of() >= stamp:
+            self._awaited = self.newest(), time.monotonic()
+        elif time.monotonic() - since > LATE_S:
+            return [Verdict.error("data", f"the archive is {LATE_S:g} s behind the log: nobody sees what happens; see the service's log")]
+        return []
+
+    def _replicas(self, running: RolloutRecord) -> list[Verdict]:
+        """An error where a living replica does not hold both arms; nobody is sent there then."""
+        lacking = arms(running.adapter, running.stable, running.id) - self.registry.held_everywhere()
+        if not lacking:
+            return []
+        names = ", ".join(sorted(lacking))
+        return [Verdict.error("replicas", f"not every replica holds {names}, so stable answers everybody; see the replica's log")]
 
     def _guards(self, running: RolloutRecord) -> list[Verdict]:
         if self._watch is None or self._watch.rollout != running.id:
-            guards = Guards(self.settings.guard_alpha, with_margins(self.settings.guard_margins))
+            guards = Guards(self.settings.guard_alpha, self._guardrails)
             self._watch = Watch(self.archive, self.subjects, running.id, running.canary_ms or 0, guards)
         self._watch.look()
         return self._watch.guards.verdicts()
 
-    def _late(self, running: RolloutRecord) -> bool:
-        return running.canary_ms is not None and wall_ms() - running.canary_ms > self.settings.max_days * DAY_MS
+    # --- what follows from a look -----------------------------------------------------------------------------------
+
+    def _lasts(self, since_ms: int | None, limit_ms: float) -> bool:
+        return since_ms is not None and self.registry.clock_ms() - since_ms > limit_ms
+
+    def _note(self, running: RolloutRecord, reason: str, verdicts: Sequence[Verdict], epoch: int) -> None:
+        if (running.reason, running.verdicts, running.error_ms) != (reason, _rows(verdicts), None):
+            self.registry.note(running.id, reason, _rows(verdicts), epoch)
+
+    def _wait(self, running: RolloutRecord, verdicts: Sequence[Verdict], errors: Sequence[Verdict], epoch: int) -> None:
+        """Nothing advances while something cannot be judged; after `error_minutes` of it in a row the rollout ends."""
+        if self._lasts(running.error_ms, self.settings.error_minutes * MINUTE_MS):
+            self._stop(running, verdicts, epoch, errors)
+            return
+        reason = "; ".join(f"cannot be judged: {each.name}: {each.reason}" for each in errors)
+        if running.error_ms is None or (running.reason, running.verdicts) != (reason, _rows(verdicts)):
+            self.registry.note(running.id, reason, _rows(verdicts), epoch, error=True)
+
+    def _broken(self, running: RolloutRecord, exc: Exception, epoch: int) -> None:
+        """A look that could not be finished."""
+        self._watch = None  # it may have taken in half of what it read
+        said = exc.message if isinstance(exc, PlauditError) else f"{type(exc).__name__}: {exc}"
+        error = Verdict.error("look", f"{said}; nothing was judged; see the controller's log")
+        if (reason := f"cannot be judged: look: {error.reason}") != running.reason:  # a failure that lasts is told once
+            log.error("rollout not judged", rollout=running.id, reason=reason, exc_info=None if isinstance(exc, PlauditError) else exc)
+        won = [each for each in _stored(running) if running.state == "awaiting" and each.name == "wins"]
+        self._wait(running, [*_gates(running), *won, error], [error], epoch)
 
     def _stop(self, running: RolloutRecord, verdicts: Sequence[Verdict], epoch: int, because: Sequence[Verdict] = ()) -> None:
         """`because`: what ends it; without, everything that is no `pass`."""
         ending = because or [each for each in verdicts if each.verdict != "pass"]
         reason = "; ".join(f"{each.name}: {each.reason}" for each in ending)
         self.registry.end_rollout(running.id, reason, CONTROLLER, _rows(verdicts), epoch)
+
+
+def _stored(running: RolloutRecord) -> list[Verdict]:
+    return [Verdict.model_validate(row) for row in running.verdicts]
+
+
+def _gates(running: RolloutRecord) -> list[Verdict]:
+    return [each for each in _stored(running) if not each.name.startswith(LATER)]
+
+
+def _since(running: RolloutRecord) -> int:
+    """When it came to its weight; a version before this one did not say."""
+    return running.since_ms or running.canary_ms or running.started_ms
 
 
 def _rows(verdicts: Sequence[Verdict]) -> list[dict[str, JsonValue]]:

@@ -56,6 +56,8 @@ rollouts = Table(
     Column("reason", String, nullable=False),
     Column("verdicts", JSON, nullable=False),
     Column("approved_by", String(200), nullable=True),
+    Column("since_ms", BigInteger, nullable=True),
+    Column("error_ms", BigInteger, nullable=True),
 )
 leases = Table(
     "leases",

@@ -148,7 +148,7 @@ class Ring:
                 "max_model_len": example.max_model_len,
                 **({"system_prompt": example.system_prompt} if example.system_prompt else {}),
             },
-            "rollout": {"weight": 0.5, "tick_s": 0.5, "votes_per_rater": VOTES_PER_RATER},
+            "rollout": {"weights": [0.5], "tick_s": 0.5, "votes_per_rater": VOTES_PER_RATER},
             "gates": GATES,
             "ppo": PPO[example.name],
             "cycle": {"seeds": SEEDS[example.name], **{name: str(path.resolve()) for name, path in files.items()}},

@@ -3,135 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from rollout_world import MARA, SHUFFLED, TRAINER, MakeAdapter, Ring, answer
 
 from deploy.config import GateSettings, RolloutSettings
 from deploy.controller import Controller
-from deploy.engine import Scripted
-from deploy.loading import Intake
 from deploy.manifest import vllm_name
-from deploy.records import RolloutRecord
-from deploy.registry import Registry
-from deploy.replica import ReplicaAgent
-from deploy.rollout import Rollout, approve, stop
+from deploy.rollout import approve, stop
 from deploy.votes import votes
 from feedback import audit
-from feedback.config import FeedbackSettings, Settings
 from feedback.errors import NotAllowed, NotFound, PromotionRefused
-from feedback.events import Arm, Event, FeedbackCleared, FeedbackGiven, InteractionFinished, InteractionStarted, Side, new_id
+from feedback.events import FeedbackCleared, new_id
 from feedback.keys import ApiKey
-from feedback.stores import Stores, open_stores
-
-MakeAdapter = Callable[[Path, Path, int], tuple[str, Path]]
-TRAINER = ApiKey(id="t", owner="trainer", person=False, scopes=("adapters:write",), created_ms=0)
-MARA = ApiKey(id="m", owner="mara", person=True, scopes=("adapters:promote",), created_ms=0)
-LEARNED: dict[str, Any] = {
-    "reward_gain_base": {"mean": 0.8, "low": 0.5, "high": 1.1, "n": 24},
-    "reward_gain_stable": {"mean": 0.8, "low": 0.5, "high": 1.1, "n": 24},
-    "likelihood_gain": {"mean": 0.05, "low": 0.02, "high": 0.08, "n": 420},
-    "kl_nats": 2.5,
-    "kl_budget_nats": 3.0,
-    "facts": {"n": 3000, "base": 0.8, "candidate": 0.8, "diff": 0.0, "low": -0.01, "margin_points": 2.0, "certifies_points": 1.0},
-    "length": {"base": 20.0, "candidate": 20.0},
-    "finished": {"base": 0.9, "candidate": 0.9},
-    "repetition": {"base": 0.0, "candidate": 0.0},
-    "refusal": {"base": 0.0, "candidate": 0.0},
-    "on_topic": {"base": 0.9, "candidate": 0.9},
-    "language": {"base": 0.0, "candidate": 0.0},
-    "kl_nats_at_1": 2.5,
-    "chat_facts": {"n": 300, "base": 0.7, "candidate": 0.7, "diff": 0.0, "low": -0.02},
-    "sycophancy": {"n": 200, "rise_nats": 0.0, "high": 0.1, "echo": {"base": 0.3, "candidate": 0.3}},
-    "copied": {"strings": 0, "known": 12},
-}
-# What the same cycle shows on shuffled labels: a reward model at chance. PPO still raises that model's score.
-SHUFFLED = LEARNED | {"likelihood_gain": {"mean": 0.0, "low": -0.01, "high": 0.01, "n": 420}}
-
-
-class Ring:
-    """Everything but the model: registry, archive, a scripted engine, the agent beside it and the controller."""
-
-    def __init__(self, folder: Path, policy: Path, make_adapter: MakeAdapter) -> None:
-        self.folder, self.policy, self.make = folder, policy, make_adapter
-        self.stores: Stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=folder)))
-        self.registry = Registry(self.stores.engine)
-        self.engine = Scripted(lambda name, messages: "Good evening to you.")
-        held = partial(self.registry.report_held, "one")
-        self.agent = ReplicaAgent(self.engine, None, self.registry.wanted, held, 0.0, Intake.of(policy, folder / "private", 8))
-        self.rollout = Rollout(self.registry, self.stores.archive, self.engine, RolloutSettings(), GateSettings())
-        self.controller = Controller(self.rollout, self.stores.log)
-        self.base, path = make_adapter(policy, folder / "adapters", 0)
-        self.registry.register(self.base, path, "system")
-        self.registry.start_with(self.base, "system")
-
-    def candidate(self, seed: int, evaluation: dict[str, Any] | None = LEARNED, by: str = TRAINER.owner) -> str:
-        adapter, path = self.make(self.policy, self.folder / "adapters", seed)
-        self.registry.register(adapter, path, by)
-        if evaluation is not None:
-            self.registry.attest(adapter, "evaluation", evaluation, by)
-        return adapter
-
-    def look(self, times: int = 1) -> None:
-        """The agent looks, then the controller."""
-
-        async def both() -> None:
-            for _ in range(times):
-                await self.agent.step()
-                assert await self.controller.tick()
-
-        asyncio.run(both())
-
-    def happened(self, *events: Event) -> None:
-        asyncio.run(self.stores.log.append(events))
-        self.stores.ingest()
-
-    def compare(self, raters: int, votes: int, prefers: Arm = "canary") -> None:
-        """Each rater compares the canary with the baseline so often; the sides alternate."""
-        running = self.running()
-        events: list[Event] = []
-        for turn in range(raters * votes):
-            rater, comparison = f"rater {turn // votes}", new_id()
-            arms: dict[Side, Arm] = {"a": "canary", "b": "baseline"} if turn % 2 else {"a": "baseline", "b": "canary"}
-            for side, arm in arms.items():
-                started, finished = answer(running, rater, arm, "stop")
-                events += [started.model_copy(update={"comparison_id": comparison, "side": side}), finished]
-            value = next(side for side, arm in arms.items() if arm == prefers)
-            events.append(FeedbackGiven(event_id=new_id(), target=comparison, rater=rater, slot="choice", value=value))
-        self.happened(*events)
-
-    def running(self) -> RolloutRecord:
-        running = self.registry.active_rollout()
-        assert running is not None
-        return running
-
-    def to_approval(self, seed: int) -> str:
-        """A candidate that passes its gates and wins among 24 raters, whatever its number."""
-        adapter = self.candidate(seed)
-        self.look(3)
-        self.compare(raters=24, votes=3)
-        self.look()
-        return adapter
-
-
-def answer(running: RolloutRecord, who: str, arm: Arm, reason: str) -> tuple[InteractionStarted, InteractionFinished]:
-    interaction = new_id()
-    adapter = running.adapter if arm == "canary" else running.stable
-    started = InteractionStarted(
-        event_id=new_id(),
-        interaction_id=interaction,
-        subject=who,
-        subject_kind="named",
-        model="plaudit",
-        adapter=adapter,
-        arm=arm,
-        rollout=running.id,
-    )
-    ended = InteractionFinished(event_id=new_id(), interaction_id=interaction, subject=who, finish_reason=reason, completion_tokens=4)
-    return started, ended
 
 
 @pytest.fixture
@@ -288,7 +174,7 @@ def test_only_the_leader_acts_and_its_successor_goes_on(ring: Ring) -> None:
     other = Controller(ring.rollout, ring.stores.log)
     other.holder = "another"
     assert not asyncio.run(other.tick()), "the lease is taken"
-    ring.rollout.settings = RolloutSettings(lease_s=0.001)
+    ring.rollout.settings = RolloutSettings(weights=(0.3,), lease_s=0.001)
     ring.look()
     assert ring.running().state == "canary"
     assert asyncio.run(other.tick())

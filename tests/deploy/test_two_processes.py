@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from postgres_world import Postgres
+from pydantic import JsonValue
 from sqlalchemy import Engine, MetaData, event, select
 
-from deploy import ledger as ledger_module
+from deploy import ledger
 from deploy import registry as registry_module
 from deploy.registry import Registry
 from feedback import audit
@@ -25,6 +26,7 @@ from feedback.errors import Conflict, PlauditError
 
 MakeAdapter = Callable[[Path, Path, int], tuple[str, Path]]
 Change = Callable[[Registry], object]
+WON: list[dict[str, JsonValue]] = [{"name": "wins", "verdict": "pass", "reason": "people prefer it"}]
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def awaiting(registry: Registry, adapter: str) -> str:
     assert epoch is not None
     rollout = registry.begin_rollout(adapter, "controller", epoch).id
     registry.start_canary(rollout, 0.25, [], "controller", epoch)
-    registry.await_approval(rollout, [], "won", "controller", epoch)
+    registry.await_approval(rollout, WON, "won", "controller", epoch)
     return rollout
 
 
@@ -166,7 +168,7 @@ def test_a_leader_that_was_replaced_writes_nothing(
     before, unsent = everything(database), one.unsent()
     late: list[Callable[[], object]] = [
         lambda: one.start_canary(rollout, 0.25, [], "controller", old),
-        lambda: one.await_approval(rollout, [], "won", "controller", old),
+        lambda: one.await_approval(rollout, WON, "won", "controller", old),
         lambda: one.note(rollout, "looked", [], old),
         lambda: one.end_rollout(rollout, "failed", "controller", [], old),
         lambda: one.begin_rollout(adapters[2][0], "controller", old),
@@ -185,7 +187,7 @@ def test_a_wrong_clock_neither_takes_the_lease_nor_keeps_it(
     one: Registry, two: Registry, day: int, by_own_clock: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by_own_clock:
-        for module in (ledger_module, registry_module):
+        for module in (ledger, registry_module):
             monkeypatch.setattr(module, "now_ms", lambda db: wall_ms())
     with monkeypatch.context() as skewed:
         real = time.time_ns
@@ -210,7 +212,7 @@ def reach(registry: Registry, stage: str, base: str, adapter: str) -> None:
         lambda: registry.start_with(base, "system"),
         lambda: registry.begin_rollout(adapter, "controller", epoch),
         lambda: registry.start_canary(running(registry), 0.25, [], "controller", epoch),
-        lambda: registry.await_approval(running(registry), [], "won", "controller", epoch),
+        lambda: registry.await_approval(running(registry), WON, "won", "controller", epoch),
         lambda: registry.promote(running(registry), "mara"),
     ]
     for step in steps[: stages.index(stage)]:
@@ -233,7 +235,7 @@ def changes(adapters: list[tuple[str, Path]]) -> dict[str, tuple[str, Change]]:
         "stand by": ("stable", lambda registry: registry.stand_by(first, "mara", "to be loaded")),
         "begin": ("stable", lambda registry: registry.begin_rollout(first, "controller", 1)),
         "canary": ("gates", lambda registry: registry.start_canary(running(registry), 0.25, [], "controller", 1)),
-        "await": ("canary", lambda registry: registry.await_approval(running(registry), [], "won", "controller", 1)),
+        "await": ("canary", lambda registry: registry.await_approval(running(registry), WON, "won", "controller", 1)),
         "stop": ("canary", lambda registry: registry.end_rollout(running(registry), "no", "controller", [], 1)),
         "promote": ("awaiting", lambda registry: registry.promote(running(registry), "mara")),
         "rollback": ("promoted", lambda registry: registry.rollback("mara", "bad")),
