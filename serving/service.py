@@ -108,7 +108,15 @@ class Service:
 
         agent = ReplicaAgent(self.engine, self.server, self.registry.wanted, report, self.rollout_settings.drain_s, self.intake)
         stores = self.stores
-        judge = Rollout(self.registry, stores.archive, self.engine, self.rollout_settings, self.gate_settings, stores.subjects)
+        judge = Rollout(
+            self.registry,
+            stores.archive,
+            self.engine,
+            self.rollout_settings,
+            self.gate_settings,
+            stores.subjects,
+            stores.logs.last_stamp,
+        )
         app = create_app(self.stores, self.registry, self.engine, self.gateway)
         listener = listen(self.gateway.server.host, self.gateway.server.port)
         http = _Http(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))

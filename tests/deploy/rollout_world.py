@@ -17,7 +17,7 @@ from deploy.registry import Registry
 from deploy.replica import ReplicaAgent
 from deploy.rollout import Rollout
 from feedback.config import FeedbackSettings, Settings
-from feedback.events import Arm, Event, FeedbackGiven, InteractionFinished, InteractionStarted, Side, new_id
+from feedback.events import Arm, Event, FeedbackGiven, InteractionFinished, InteractionStarted, RolloutEvent, Side, new_id
 from feedback.keys import ApiKey
 from feedback.stores import Stores, open_stores
 
@@ -101,6 +101,11 @@ class Ring:
         running = self.registry.active_rollout()
         assert running is not None
         return running
+
+    def registry_events(self, kind: str) -> list[RolloutEvent]:
+        """What the log was told of rollouts, by kind."""
+        self.stores.ingest()
+        return [event for event in self.stores.archive.events(kind) if isinstance(event, RolloutEvent)]
 
     def to_approval(self, seed: int) -> str:
         """A candidate that passes its gates and wins among 24 raters, whatever its number."""

@@ -49,6 +49,13 @@ def test_the_arm_follows_from_the_position(subject: str, weight: float, salt: st
     assert found.rollout == "r7"
 
 
+@given(st.text(max_size=40), st.lists(st.floats(min_value=0.01, max_value=0.5), min_size=2, max_size=4, unique=True).map(sorted))
+def test_whoever_is_in_an_arm_stays_when_the_weight_grows(subject: str, weights: list[float]) -> None:
+    arms = [assign(subject, table(weight)).arm for weight in weights]
+    first = next((arm for arm in arms if arm != "stable"), "stable")
+    assert arms == ["stable"] * arms.count("stable") + [first] * (len(arms) - arms.count("stable"))
+
+
 def test_the_arms_have_their_shares() -> None:
     arms = [assign(f"person {i}", table(0.3)).arm for i in range(20_000)]
     # sd of a share of 0.3 among 20,000 is 0.0032; five of them
