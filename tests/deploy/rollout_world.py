@@ -84,18 +84,8 @@ class Ring:
         self.stores.ingest()
 
     def compare(self, raters: int, votes: int, prefers: Arm = "canary") -> None:
-        """Each rater compares the canary with the baseline so often; the sides alternate."""
-        running = self.running()
-        events: list[Event] = []
-        for turn in range(raters * votes):
-            rater, comparison = f"rater {turn // votes}", new_id()
-            arms: dict[Side, Arm] = {"a": "canary", "b": "baseline"} if turn % 2 else {"a": "baseline", "b": "canary"}
-            for side, arm in arms.items():
-                started, finished = answer(running, rater, arm, "stop")
-                events += [started.model_copy(update={"comparison_id": comparison, "side": side}), finished]
-            value = next(side for side, arm in arms.items() if arm == prefers)
-            events.append(FeedbackGiven(event_id=new_id(), target=comparison, rater=rater, slot="choice", value=value))
-        self.happened(*events)
+        """Each rater compares the canary with the baseline so often."""
+        self.happened(*compared(self.running(), raters, votes, prefers))
 
     def running(self) -> RolloutRecord:
         running = self.registry.active_rollout()
@@ -114,6 +104,20 @@ class Ring:
         self.compare(raters=24, votes=3)
         self.look()
         return adapter
+
+
+def compared(running: RolloutRecord, raters: int, votes: int, prefers: Arm = "canary") -> list[Event]:
+    """Each rater compares the canary with the baseline so often; the sides alternate."""
+    events: list[Event] = []
+    for turn in range(raters * votes):
+        rater, comparison = f"rater {turn // votes}", new_id()
+        arms: dict[Side, Arm] = {"a": "canary", "b": "baseline"} if turn % 2 else {"a": "baseline", "b": "canary"}
+        for side, arm in arms.items():
+            started, finished = answer(running, rater, arm, "stop")
+            events += [started.model_copy(update={"comparison_id": comparison, "side": side}), finished]
+        value = next(side for side, arm in arms.items() if arm == prefers)
+        events.append(FeedbackGiven(event_id=new_id(), target=comparison, rater=rater, slot="choice", value=value))
+    return events
 
 
 def answer(running: RolloutRecord, who: str, arm: Arm, reason: str) -> tuple[InteractionStarted, InteractionFinished]:
