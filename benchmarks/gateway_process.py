@@ -25,7 +25,7 @@ from pydantic import JsonValue
 
 from benchmarks import planted
 from deploy.config import PolicySettings
-from deploy.engine import Scripted
+from deploy.engine import VLLM, Answers, Engine, Scripted
 from deploy.manifest import ManifestFields, base_digests, identity_adapter
 from deploy.registry import Registry
 from examples.concierge.world import POLICY
@@ -34,6 +34,7 @@ from feedback.errors import NotDurable
 from feedback.limits import UNLIMITED
 from feedback.stores import open_stores
 from serving.app import create_app
+from serving.chat import Gateway
 from serving.config import ComparisonSettings, GatewaySettings, ServerSettings
 
 MODEL = "plaudit"
@@ -42,6 +43,11 @@ ROUTE_REFRESH_S = 0.05
 CONTEXT = multiprocessing.get_context("forkserver")
 # A child imports its main module again, so what the benchmarks import is in the list too.
 CONTEXT.set_forkserver_preload(["benchmarks.harness", "benchmarks.load", "feedback.snapshot", "pyarrow.parquet", "kafka"])
+
+
+def echo(name: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Which adapter says it, and what it was asked: no two answers are the same."""
+    return f"{name} heard {messages[-1]['content']} and has this to say about it"
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,12 @@ class Spec:
     """One of `planted.BUGS`."""
     token_s: float = 0.002
     """How long the scripted engine takes for a word."""
+    answers: Answers = echo
+    """What the scripted engine says."""
+    engine_url: str | None = None
+    """A model server in the scripted engine's place."""
+    change: Callable[[Gateway], None] | None = None
+    """What is done to the gateway before it serves."""
 
 
 class Child:
@@ -151,11 +163,6 @@ class _Every(dict[str, Path]):
         return True
 
 
-def echo(name: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Which adapter says it, and what it was asked: no two answers are the same."""
-    return f"{name} heard {messages[-1]['content']} and has this to say about it"
-
-
 def gateway_settings(feedback: FeedbackSettings) -> GatewaySettings:
     return GatewaySettings(
         server=ServerSettings(route_refresh_s=ROUTE_REFRESH_S),
@@ -172,10 +179,10 @@ def _serve(ready: Connection, spec: Spec, port: int, clock_ms: Any) -> None:
     feedback = FeedbackSettings(data_dir=spec.data_dir)
     stores = open_stores(Settings(feedback=feedback), spec.name)
     bug.stores(stores)
-    engine = Scripted(echo, token_s=spec.token_s)
-    engine.loaded = _Every()
-    app = create_app(stores, Registry(stores.engine), engine, gateway_settings(feedback))
+    app = create_app(stores, Registry(stores.engine), _engine(spec), gateway_settings(feedback))
     bug.gateway(app.state.gateway)
+    if spec.change is not None:
+        spec.change(app.state.gateway)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
 
     async def run() -> None:
@@ -186,6 +193,14 @@ def _serve(ready: Connection, spec: Spec, port: int, clock_ms: Any) -> None:
         await serving
 
     asyncio.run(run())
+
+
+def _engine(spec: Spec) -> Engine:
+    if spec.engine_url is not None:
+        return VLLM(spec.engine_url)
+    engine = Scripted(spec.answers, token_s=spec.token_s)
+    engine.loaded = _Every()
+    return engine
 
 
 def _move_clock(offset_ms: Any) -> None:

@@ -23,8 +23,8 @@ from feedback.events import Event
 from feedback.stores import open_stores
 
 pytestmark = pytest.mark.slow
-STEPS = {"sqlite": 1, "postgresql": 3}
-"""Every step on SQLite, every third on PostgreSQL: the code is the same, the rest costs time."""
+STEPS = {"sqlite": 1, "postgresql": 7}
+"""Every step on SQLite, every seventh on PostgreSQL: the code is the same, the rest costs time."""
 
 
 class World:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rollout_world import LEARNED, MARA, Ring
 from sqlalchemy import text
-from test_rollout import LEARNED, MARA, Ring
 
 from deploy import lineage, rollout
 from deploy.config import ErasureSettings, RolloutSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_rollout import LEARNED, MARA, MakeAdapter, Ring
+from rollout_world import LEARNED, MARA, MakeAdapter, Ring
 
 from deploy.overrides import override
 from feedback import audit

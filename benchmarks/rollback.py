@@ -1,0 +1,387 @@
+"""How long after a decision does somebody still begin to be answered by the adapter that was taken back? And does anybody notice more?
+
+    make bench-rollback           50 rollbacks and stops, 10 of them while the leader is stopped, then real vLLM
+    QUICK=1 make bench-rollback   4 of them and the control, without vLLM
+
+Two real gateways, a real controller that leads, and 100 people who ask one thing after the other, each answer a stream of words that name
+the adapter. Half of the rounds take a canary back, half an adapter that everybody was promoted to. Decisions are committed from this
+process, which is neither the leader nor a gateway. A round's figure is the time from the call that decides to the last first byte of an
+answer by the adapter, so it is no smaller than the time to the start of that request. The control is a gateway that goes by the table
+that it read first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+from pydantic import JsonValue
+from sqlalchemy import select
+
+from benchmarks.gateway_process import MODEL, Child, GatewayProcess, Spec, make_world, running
+from benchmarks.harness import FOLDER, Report, quick
+from deploy.config import EngineSettings, GateSettings, RolloutSettings
+from deploy.controller import Controller
+from deploy.engine import VLLM, Scripted
+from deploy.manifest import vllm_name
+from deploy.registry import Registry
+from deploy.replica import VllmServer
+from deploy.rollout import Rollout
+from deploy.tables import leases
+from examples.concierge.world import POLICY
+from feedback.config import FeedbackSettings, Settings
+from feedback.errors import EngineUnavailable, NotFound
+from feedback.stores import open_stores
+from serving.chat import Gateway
+
+STREAMS, QUICK_STREAMS = 100, 20
+ROUNDS, STOPPED, VLLM_ROUNDS = 40, 10, 4
+WORDS, TOKEN_S = 8, 0.2
+WATCH_S = 3.0
+"""After a decision; whoever is still answered by the adapter then stays so."""
+BAR_S = 2.0
+REACHED = 0.25
+"""Share of the last answers that the adapter gives before it is taken back."""
+WAIT_S = 90.0
+WON: list[dict[str, JsonValue]] = [{"name": "wins", "verdict": "pass", "reason": "as the benchmark has it"}]
+_GAIN = {"mean": 0.8, "low": 0.5, "high": 1.1, "n": 24}
+_FACTS = {"n": 3000, "base": 0.8, "candidate": 0.8, "diff": 0.0, "low": -0.01, "margin_points": 2.0, "certifies_points": 1.0}
+_SAME = {"base": 0.0, "candidate": 0.0}
+PASSES: dict[str, JsonValue] = {
+    **{"reward_gain_base": _GAIN, "reward_gain_stable": _GAIN, "likelihood_gain": {"mean": 0.05, "low": 0.02, "high": 0.08, "n": 420}},
+    **{"kl_nats": 2.5, "kl_nats_at_1": 2.5, "kl_budget_nats": 3.0, "facts": _FACTS},
+    **{"chat_facts": {"n": 300, "base": 0.7, "candidate": 0.7, "diff": 0.0, "low": -0.02}, "copied": {"strings": 0, "known": 12}},
+    "sycophancy": {"n": 200, "rise_nats": 0.0, "high": 0.1, "echo": {"base": 0.3, "candidate": 0.3}},
+    "length": {"base": 20.0, "candidate": 20.0},
+    **{name: {"base": 0.9, "candidate": 0.9} for name in ("finished", "on_topic")},
+    **dict.fromkeys(("repetition", "refusal", "language"), _SAME),
+}
+"""An evaluation that no gate has anything against."""
+
+
+def chant(name: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Every word says which adapter it is of."""
+    return " ".join([name] * WORDS)
+
+
+def deaf(gateway: Gateway) -> None:
+    """The control: a gateway that never looks again once it has seen a change, and does not notice."""
+    route = gateway.route
+    read, first = route.refresh, ""
+
+    async def seldom() -> None:
+        nonlocal first
+        table = route._table
+        if table is None or (table.stable.adapter == first and table.canary is None):
+            await read()
+            first = first or (route._table.stable.adapter if route._table else "")
+        route._read_at = time.monotonic()
+
+    route.refresh = seldom  # type: ignore[method-assign]
+
+
+class _Every(dict[str, Path]):
+    """Adapters of a model server that holds whatever it is asked for."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def lead(ready: Connection, data_dir: Path) -> None:
+    """The leader: it takes every rollout through its gates to its canary."""
+    stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=data_dir)), "controller")
+    engine = Scripted(chant)
+    registry = Registry(stores.engine)
+    engine.loaded = _Every()
+    settings = RolloutSettings(weights=(0.5,), tick_s=0.5, lease_s=600.0)
+    controller = Controller(Rollout(registry, stores.archive, engine, settings, GateSettings()), stores.log)
+
+    async def run() -> None:
+        await controller.tick()
+        ready.send(True)
+        await controller.run()
+
+    asyncio.run(run())
+
+
+@dataclass
+class Answer:
+    """As its reader saw it."""
+
+    first_s: float
+    """When its first word came, by the monotonic clock."""
+    name: str
+    """Of the adapter; with a model server whose words do not tell, the interaction's id."""
+    changed: bool
+
+
+@dataclass
+class Crowd:
+    """People who ask again and again."""
+
+    urls: Sequence[str]
+    secret: str
+    telling: bool = True
+    """Whether words name their adapter."""
+    answers: list[Answer] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    async def person(self, number: int, http: aiohttp.ClientSession) -> None:
+        """One of them, until cancelled."""
+        turn = number
+        while True:
+            turn += 1
+            body = {"model": MODEL, "user": f"person {number}", "stream": True, "max_tokens": 24}
+            body["messages"] = [{"role": "user", "content": f"Where can I eat? ({turn})"}]
+            headers = {"Authorization": f"Bearer {self.secret}"}
+            try:
+                async with http.post(f"{self.urls[turn % len(self.urls)]}/v1/chat/completions", json=body, headers=headers) as reply:
+                    if reply.status != 200:
+                        self.failures.append(f"{reply.status}: {(await reply.text())[:200]}")
+                    else:
+                        await self._read(reply)
+            except (aiohttp.ClientError, OSError, TimeoutError) as exc:
+                self.failures.append(type(exc).__name__)
+
+    async def _read(self, reply: aiohttp.ClientResponse) -> None:
+        answer, text, ended = Answer(0.0, "", False), "", False
+        async for line in reply.content:
+            if not line.startswith(b"data:"):
+                continue
+            if (data := line[5:].strip()) == b"[DONE]":
+                ended = True
+                continue
+            chunk = json.loads(data)
+            if "error" in chunk:
+                self.failures.append(str(chunk["error"]))
+                return
+            if not self.telling and "plaudit" in chunk:
+                answer.name = chunk["plaudit"]["interaction_id"]
+            text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+            if text and not answer.first_s:
+                answer.first_s = time.monotonic()
+                self.answers.append(answer)
+            if self.telling and text:
+                answer.name = answer.name or text.split()[0]
+        answer.changed = self.telling and bool(set(re.findall(r"a-[0-9a-f]{16}", text)) - {answer.name[:18]})
+        if not ended or not text:
+            self.failures.append("a stream broke off")
+
+
+@dataclass
+class Place:
+    """All processes of one run."""
+
+    data_dir: Path
+    registry: Registry
+    gateways: list[GatewayProcess]
+    leader: Child
+    stable: str
+    other: str
+    """The adapter that comes and is taken back."""
+
+    def epoch(self) -> int:
+        with self.registry._read() as db:
+            return int(db.execute(select(leases.c.epoch)).scalar_one())
+
+    def looked(self) -> int:
+        """Changes with every look of the leader."""
+        with self.registry._read() as db:
+            return int(db.execute(select(leases.c.expires_ms)).scalar_one())
+
+
+@contextmanager
+def place(bug: bool = False, engine_url: str | None = None) -> Iterator[tuple[Place, str]]:
+    """Gateways, a leader, and the key of those who ask."""
+    with tempfile.TemporaryDirectory() as folder:
+        data_dir = Path(folder)
+        secret = make_world(data_dir, FOLDER / "rollback-adapters")
+        stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=data_dir)), "operator")
+        registry = Registry(stores.engine)
+        stable = registry.routing().stable.adapter
+        other = next(each.id for each in registry.adapters() if each.id != stable)
+        registry.attest(other, "evaluation", PASSES, "operator")
+        specs = [Spec(data_dir, name, None, TOKEN_S, chant, engine_url, deaf if bug and name == "two" else None) for name in ("one", "two")]
+        leader = Child(data_dir / "leader.out", lead, data_dir)
+        gateways = [GatewayProcess(spec) for spec in specs]
+        try:
+            with running(leader, *gateways):
+                yield Place(data_dir, registry, gateways, leader, stable, other), secret
+        finally:
+            stores.close()
+
+
+async def until(true: Any) -> None:
+    """Raises EngineUnavailable where it does not come to that."""
+    end = time.monotonic() + WAIT_S
+    while not await asyncio.to_thread(true):
+        if time.monotonic() > end:
+            raise EngineUnavailable(f"the awaited state did not come within {WAIT_S:g} s")
+        await asyncio.sleep(0.02)
+
+
+async def bring(there: Place, promoted: bool, load: Any) -> None:
+    """The other adapter on its canary, or promoted to everybody. The leader judges its gates."""
+    registry = there.registry
+    rollout = await asyncio.to_thread(registry.begin_rollout, there.other, "operator")
+    await load()
+    await asyncio.to_thread(registry.report_held, "stub", set(registry.wanted()))
+    await until(lambda: registry.rollout(rollout.id).state != "gates")
+    if (state := registry.rollout(rollout.id)).state != "canary":
+        raise NotFound(f"the rollout is {state.state}: {state.reason}")
+    if promoted:
+        await asyncio.to_thread(registry.await_approval, rollout.id, WON, "won", "controller", there.epoch())
+        await asyncio.to_thread(registry.promote, rollout.id, "mara")
+
+
+async def one_round(there: Place, crowd: Crowd, promoted: bool, stopped: bool, load: Any) -> tuple[float, float, int]:
+    """When the decision was made, how long the call took, and how many answers of the adapter had begun before."""
+    registry, since = there.registry, len(crowd.answers)
+    await bring(there, promoted, load)
+
+    def reached() -> bool:
+        last = crowd.answers[since:][-STREAMS:]
+        if not crowd.telling:
+            return len(crowd.answers) - since > STREAMS
+        mine = sum(each.name.startswith(vllm_name(there.other)) for each in last)
+        return len(last) >= 10 and mine >= REACHED * len(last)
+
+    await until(reached)
+    if stopped:
+        before = there.looked()
+        await until(lambda: there.looked() != before)
+        await asyncio.sleep(0.1)  # its look is over: on SQLite whoever is stopped while it writes is waited for
+        there.leader.signal(signal.SIGSTOP)
+    began = time.monotonic()
+    if promoted:
+        await asyncio.to_thread(registry.rollback, "noor", "as the benchmark has it", there.other)
+    else:
+        rollout = registry.active_rollout()
+        assert rollout is not None
+        await asyncio.to_thread(registry.end_rollout, rollout.id, "as the benchmark has it", "noor")
+    took = time.monotonic() - began
+    await asyncio.sleep(WATCH_S)
+    if stopped:
+        there.leader.signal(signal.SIGCONT)
+    return began, took, since
+
+
+def names(there: Place, crowd: Crowd, answers: Sequence[Answer]) -> list[str]:
+    """The adapter of each answer."""
+    if crowd.telling:
+        return [each.name for each in answers]
+    stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=there.data_dir)), "reader")
+    try:
+        stores.ingest()
+        found = [stores.archive.interaction(each.name) for each in answers]
+    finally:
+        stores.close()
+    return [vllm_name(each.started.adapter or "") if each else "" for each in found]
+
+
+def measure(rounds: int, *, stopped: bool = False, bug: bool = False) -> dict[str, Any]:
+    """So many rounds under the crowd's load, every second one of a promoted adapter."""
+    with place(bug) as (there, secret):
+        return asyncio.run(_measure(there, secret, rounds, stopped, bug, nothing))
+
+
+async def nothing() -> None:
+    """A stub holds whatever it is asked for."""
+
+
+async def _measure(there: Place, secret: str, rounds: int, stopped: bool, bug: bool, load: Any, telling: bool = True) -> dict[str, Any]:
+    crowd = Crowd([each.url for each in there.gateways], secret, telling)
+    found: list[tuple[float, float, int, int]] = []
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=60)) as http:
+        people = [asyncio.create_task(crowd.person(number, http)) for number in range(QUICK_STREAMS if quick() else STREAMS)]
+        try:
+            for number in range(rounds):
+                began, took, since = await one_round(there, crowd, bug or number % 2 == 1, stopped, load)
+                found.append((began, took, since, len(crowd.answers)))
+        finally:
+            for person in people:
+                person.cancel()
+            await asyncio.gather(*people, return_exceptions=True)
+    adapters = names(there, crowd, crowd.answers)
+    lasts, reached = [], []
+    for began, _, since, end in found:
+        pairs = zip(crowd.answers[since:end], adapters[since:end], strict=True)
+        mine = [answer.first_s for answer, name in pairs if name.startswith(vllm_name(there.other))]
+        lasts.append(round(max([0.0, *(first - began for first in mine)]), 3))
+        reached.append(sum(first <= began for first in mine))
+    return {
+        "last_s": lasts,
+        "decide_s": [round(took, 3) for _, took, _, _ in found],
+        "on_it_before": min(reached),
+        "answers": len(crowd.answers),
+        "failures": crowd.failures[:5],
+        "failed": len(crowd.failures),
+        "changed": sum(each.changed for each in crowd.answers),
+    }
+
+
+def on_vllm(rounds: int) -> dict[str, Any]:
+    """The same with a real model server behind the gateways."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = VllmServer(POLICY, "base", EngineSettings(), Path(folder), max_model_len=128)
+
+        async def whole() -> dict[str, Any]:
+            await server.start()
+            engine = VLLM(server.url)
+            try:
+                with place(engine_url=server.url) as (there, secret):
+
+                    async def load() -> None:
+                        for name, path in there.registry.wanted().items():
+                            await engine.load(name, path)
+
+                    await load()
+                    return await _measure(there, secret, rounds, False, False, load, telling=False)
+            finally:
+                await engine.close()
+                await server.stop()
+
+        return asyncio.run(whole())
+
+
+def main() -> int:
+    report = Report("rollback", seed=0, rooms=("serving", "feedback", "deploy"))
+    cells = report.cells
+    size, count = (2, 1) if quick() else (10, ROUNDS // 10)
+    parts = [cells.get({"part": part, "quick": quick()}, lambda: measure(size)) for part in range(count)]
+    halted = cells.get({"stopped": True, "quick": quick()}, lambda: measure(2 if quick() else STOPPED, stopped=True))
+    control = cells.get({"control": True, "quick": quick()}, lambda: measure(1, bug=True))
+    real = None if quick() else cells.get({"vllm": True}, lambda: on_vllm(VLLM_ROUNDS))
+    runs = [*parts, halted]
+    lasts = [last for each in runs for last in each["last_s"]]
+    p99 = float(np.quantile(lasts, 0.99))
+    report.say(f"decision to the last first byte on it: median {np.median(lasts):.2f} s, p99 {p99:.2f} s, {len(lasts)} decisions")
+    report.check("decision to last request started on it, p99, seconds", p99, at_most=BAR_S)
+    report.check("the same while the leader is stopped, longest, seconds", max(halted["last_s"]), at_most=BAR_S)
+    report.check("decisions", len(lasts), at_least=4 if quick() else 50)
+    report.check("answers by it before each decision, fewest", min(each["on_it_before"] for each in runs), at_least=1)
+    report.check("failed requests", sum(each["failed"] for each in runs), at_most=0)
+    report.check("streams that changed their adapter", sum(each["changed"] for each in runs), at_most=0)
+    if real is not None:
+        report.check("on real vLLM: decision to last request started on it, longest, seconds", max(real["last_s"]), at_most=BAR_S)
+        report.check("on real vLLM: failed requests", real["failed"], at_most=0)
+    late = max(control["last_s"])
+    report.control(f"a gateway that never reads its route again answers with it {late:.1f} s after the decision", caught=late > BAR_S)
+    figures = {"median_s": float(np.median(lasts)), "p99_s": p99, "answers": sum(each["answers"] for each in runs)}
+    return report.finish({**figures, "stopped": halted, "vllm": real, "control": control})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
