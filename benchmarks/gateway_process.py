@@ -156,7 +156,7 @@ def _run(out: Path, work: Callable[..., None], connection: Connection, *argument
     work(connection, *arguments)
 
 
-class _Every(dict[str, Path]):
+class Every(dict[str, Path]):
     """Adapters of a model server that holds whatever it is asked for."""
 
     def __contains__(self, name: object) -> bool:
@@ -199,7 +199,7 @@ def _engine(spec: Spec) -> Engine:
     if spec.engine_url is not None:
         return VLLM(spec.engine_url)
     engine = Scripted(spec.answers, token_s=spec.token_s)
-    engine.loaded = _Every()
+    engine.loaded = Every()
     return engine
 
 

@@ -18,62 +18,33 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
-from pydantic import JsonValue
-from sqlalchemy import select
 
-from benchmarks.gateway_process import MODEL, Child, GatewayProcess, Spec, make_world, running
-from benchmarks.harness import FOLDER, Report, quick
-from deploy.config import EngineSettings, GateSettings, RolloutSettings
-from deploy.controller import Controller
-from deploy.engine import VLLM, Scripted
+from benchmarks.gateway_process import MODEL
+from benchmarks.harness import Report, quick
+from benchmarks.leader import Place, bring, nothing, place, replica, until
+from deploy.config import EngineSettings
+from deploy.engine import VLLM
 from deploy.manifest import vllm_name
-from deploy.registry import Registry
 from deploy.replica import VllmServer
-from deploy.rollout import Rollout
-from deploy.tables import leases
 from examples.concierge.world import POLICY
 from feedback.config import FeedbackSettings, Settings
-from feedback.errors import EngineUnavailable, NotFound
 from feedback.stores import open_stores
 from serving.chat import Gateway
 
 STREAMS, QUICK_STREAMS = 100, 20
 ROUNDS, STOPPED, VLLM_ROUNDS = 40, 10, 4
-WORDS, TOKEN_S = 8, 0.2
 WATCH_S = 3.0
 """After a decision; whoever is still answered by the adapter then stays so."""
 BAR_S = 2.0
 REACHED = 0.25
 """Share of the last answers that the adapter gives before it is taken back."""
-WAIT_S = 90.0
-WON: list[dict[str, JsonValue]] = [{"name": "wins", "verdict": "pass", "reason": "as the benchmark has it"}]
-_GAIN = {"mean": 0.8, "low": 0.5, "high": 1.1, "n": 24}
-_FACTS = {"n": 3000, "base": 0.8, "candidate": 0.8, "diff": 0.0, "low": -0.01, "margin_points": 2.0, "certifies_points": 1.0}
-_SAME = {"base": 0.0, "candidate": 0.0}
-PASSES: dict[str, JsonValue] = {
-    **{"reward_gain_base": _GAIN, "reward_gain_stable": _GAIN, "likelihood_gain": {"mean": 0.05, "low": 0.02, "high": 0.08, "n": 420}},
-    **{"kl_nats": 2.5, "kl_nats_at_1": 2.5, "kl_budget_nats": 3.0, "facts": _FACTS},
-    **{"chat_facts": {"n": 300, "base": 0.7, "candidate": 0.7, "diff": 0.0, "low": -0.02}, "copied": {"strings": 0, "known": 12}},
-    "sycophancy": {"n": 200, "rise_nats": 0.0, "high": 0.1, "echo": {"base": 0.3, "candidate": 0.3}},
-    "length": {"base": 20.0, "candidate": 20.0},
-    **{name: {"base": 0.9, "candidate": 0.9} for name in ("finished", "on_topic")},
-    **dict.fromkeys(("repetition", "refusal", "language"), _SAME),
-}
-"""An evaluation that no gate has anything against."""
-
-
-def chant(name: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Every word says which adapter it is of."""
-    return " ".join([name] * WORDS)
 
 
 def deaf(gateway: Gateway) -> None:
@@ -90,30 +61,6 @@ def deaf(gateway: Gateway) -> None:
         route._read_at = time.monotonic()
 
     route.refresh = seldom  # type: ignore[method-assign]
-
-
-class _Every(dict[str, Path]):
-    """Adapters of a model server that holds whatever it is asked for."""
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-
-def lead(ready: Connection, data_dir: Path) -> None:
-    """The leader: it takes every rollout through its gates to its canary."""
-    stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=data_dir)), "controller")
-    engine = Scripted(chant)
-    registry = Registry(stores.engine)
-    engine.loaded = _Every()
-    settings = RolloutSettings(weights=(0.5,), tick_s=0.5, lease_s=600.0)
-    controller = Controller(Rollout(registry, stores.archive, engine, settings, GateSettings()), stores.log)
-
-    async def run() -> None:
-        await controller.tick()
-        ready.send(True)
-        await controller.run()
-
-    asyncio.run(run())
 
 
 @dataclass
@@ -180,72 +127,6 @@ class Crowd:
             self.failures.append("a stream broke off")
 
 
-@dataclass
-class Place:
-    """All processes of one run."""
-
-    data_dir: Path
-    registry: Registry
-    gateways: list[GatewayProcess]
-    leader: Child
-    stable: str
-    other: str
-    """The adapter that comes and is taken back."""
-
-    def epoch(self) -> int:
-        with self.registry._read() as db:
-            return int(db.execute(select(leases.c.epoch)).scalar_one())
-
-    def looked(self) -> int:
-        """Changes with every look of the leader."""
-        with self.registry._read() as db:
-            return int(db.execute(select(leases.c.expires_ms)).scalar_one())
-
-
-@contextmanager
-def place(bug: bool = False, engine_url: str | None = None) -> Iterator[tuple[Place, str]]:
-    """Gateways, a leader, and the key of those who ask."""
-    with tempfile.TemporaryDirectory() as folder:
-        data_dir = Path(folder)
-        secret = make_world(data_dir, FOLDER / "rollback-adapters")
-        stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=data_dir)), "operator")
-        registry = Registry(stores.engine)
-        stable = registry.routing().stable.adapter
-        other = next(each.id for each in registry.adapters() if each.id != stable)
-        registry.attest(other, "evaluation", PASSES, "operator")
-        specs = [Spec(data_dir, name, None, TOKEN_S, chant, engine_url, deaf if bug and name == "two" else None) for name in ("one", "two")]
-        leader = Child(data_dir / "leader.out", lead, data_dir)
-        gateways = [GatewayProcess(spec) for spec in specs]
-        try:
-            with running(leader, *gateways):
-                yield Place(data_dir, registry, gateways, leader, stable, other), secret
-        finally:
-            stores.close()
-
-
-async def until(true: Any) -> None:
-    """Raises EngineUnavailable where it does not come to that."""
-    end = time.monotonic() + WAIT_S
-    while not await asyncio.to_thread(true):
-        if time.monotonic() > end:
-            raise EngineUnavailable(f"the awaited state did not come within {WAIT_S:g} s")
-        await asyncio.sleep(0.02)
-
-
-async def bring(there: Place, promoted: bool, load: Any) -> None:
-    """The other adapter on its canary, or promoted to everybody. The leader judges its gates."""
-    registry = there.registry
-    rollout = await asyncio.to_thread(registry.begin_rollout, there.other, "operator")
-    await load()
-    await asyncio.to_thread(registry.report_held, "stub", set(registry.wanted()))
-    await until(lambda: registry.rollout(rollout.id).state != "gates")
-    if (state := registry.rollout(rollout.id)).state != "canary":
-        raise NotFound(f"the rollout is {state.state}: {state.reason}")
-    if promoted:
-        await asyncio.to_thread(registry.await_approval, rollout.id, WON, "won", "controller", there.epoch())
-        await asyncio.to_thread(registry.promote, rollout.id, "mara")
-
-
 async def one_round(there: Place, crowd: Crowd, promoted: bool, stopped: bool, load: Any) -> tuple[float, float, int]:
     """When the decision was made, how long the call took, and how many answers of the adapter had begun before."""
     registry, since = there.registry, len(crowd.answers)
@@ -293,12 +174,8 @@ def names(there: Place, crowd: Crowd, answers: Sequence[Answer]) -> list[str]:
 
 def measure(rounds: int, *, stopped: bool = False, bug: bool = False) -> dict[str, Any]:
     """So many rounds under the crowd's load, every second one of a promoted adapter."""
-    with place(bug) as (there, secret):
+    with place((None, deaf if bug else None)) as (there, secret):
         return asyncio.run(_measure(there, secret, rounds, stopped, bug, nothing))
-
-
-async def nothing() -> None:
-    """A stub holds whatever it is asked for."""
 
 
 async def _measure(there: Place, secret: str, rounds: int, stopped: bool, bug: bool, load: Any, telling: bool = True) -> dict[str, Any]:
@@ -306,6 +183,7 @@ async def _measure(there: Place, secret: str, rounds: int, stopped: bool, bug: b
     found: list[tuple[float, float, int, int]] = []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=60)) as http:
         people = [asyncio.create_task(crowd.person(number, http)) for number in range(QUICK_STREAMS if quick() else STREAMS)]
+        people.append(asyncio.create_task(replica(there)))
         try:
             for number in range(rounds):
                 began, took, since = await one_round(there, crowd, bug or number % 2 == 1, stopped, load)
@@ -357,7 +235,7 @@ def on_vllm(rounds: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    report = Report("rollback", seed=0, rooms=("serving", "feedback", "deploy"))
+    report = Report("rollback", seed=0, rooms=("serving", "feedback", "deploy", "benchmarks/leader.py"))
     cells = report.cells
     size, count = (2, 1) if quick() else (10, ROUNDS // 10)
     parts = [cells.get({"part": part, "quick": quick()}, lambda: measure(size)) for part in range(count)]
