@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+from pydantic import JsonValue
 from sqlalchemy import Connection, Engine, Select, insert, select, update
 
 from deploy.records import Alias
@@ -102,11 +103,14 @@ class Ledger:
                 continue
             if db.execute(update(aliases).where(aliases.c.name == name).values(adapter=adapter_id)).rowcount == 0:
                 db.execute(insert(aliases).values(name=name, adapter=adapter_id))
+            kind: Literal["adapter.aliased", "adapter.unaliased"] = "adapter.unaliased" if adapter_id is None else "adapter.aliased"
+            detail: dict[str, JsonValue] = {"before": before, "reason": reason}
+            moved = adapter_id or before
+            assert moved is not None, "they differ"
+            event = AdapterEvent(**self._head(), type=kind, adapter=moved, actor=by, alias=name, detail=detail)
+            self._emit(db, event)
             values = {"name": name, "before": before, "after": adapter_id, "actor": by, "reason": reason, "at_ms": now_ms(db)}
-            db.execute(insert(alias_history).values(**values))
-            if adapter_id is not None:
-                event = AdapterEvent(**self._head(), type="adapter.aliased", adapter=adapter_id, actor=by, alias=name)
-                self._emit(db, event)
+            db.execute(insert(alias_history).values(**values, event_id=event.event_id))
 
     def _head(self) -> dict[str, str]:
         return {"event_id": new_id(), "tenant": self._tenant}

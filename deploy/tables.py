@@ -40,6 +40,7 @@ alias_history = Table(
     Column("actor", String(200), nullable=False),
     Column("reason", String, nullable=False),
     Column("at_ms", BigInteger, nullable=False),
+    Column("event_id", String(36), nullable=True),
 )
 rollouts = Table(
     "rollouts",
@@ -80,5 +81,13 @@ outbox = Table(
     Column("event_id", String(36), primary_key=True),
     Column("value", String, nullable=False),
     Column("sent", Boolean, nullable=False, default=False),
+)
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("endpoint", String(64), primary_key=True),
+    Column("told", BigInteger, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("next_ms", BigInteger, nullable=False),
 )
 facts = Table("registry_facts", metadata, Column("name", String(40), primary_key=True), Column("value", BigInteger, nullable=False))

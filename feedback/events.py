@@ -16,7 +16,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Arm = Literal["stable", "canary", "baseline"]
 Side = Literal["a", "b"]
@@ -155,8 +155,9 @@ class SubjectErased(EventBase):
 
 
 class AdapterEvent(EventBase):
-    type: Literal["adapter.registered", "adapter.attested", "adapter.aliased", "adapter.retired"]
+    type: Literal["adapter.registered", "adapter.attested", "adapter.aliased", "adapter.unaliased", "adapter.retired"]
     adapter: str
+    """With `adapter.unaliased`: what the alias pointed at; it points at nothing now."""
     actor: str
     alias: str | None = None
     detail: dict[str, JsonValue] = {}

@@ -17,6 +17,7 @@ from deploy.tables import metadata
 from feedback import audit
 from feedback.database import create_tables
 from feedback.errors import Conflict, InvalidInput, NotDurable, NotFound
+from feedback.events import AdapterEvent
 
 MakeAdapter = Callable[[Path, Path, int], tuple[str, Path]]
 
@@ -177,7 +178,11 @@ def test_events_wait_until_they_are_sent(registry: Registry, adapters: list[tupl
     assert kinds == ["adapter.aliased", "rollout.started", "rollout.stepped"]
     registry.mark_sent(registry.unsent())
     registry.end_rollout(rollout, "enough", "mara")
-    assert [event.type for event in registry.unsent()] == ["rollout.ended"]
+    left, ended = sorted(registry.unsent(), key=lambda event: event.type)
+    assert (left.type, ended.type) == ("adapter.unaliased", "rollout.ended")
+    assert isinstance(left, AdapterEvent) and (left.alias, left.adapter, left.actor) == ("canary", adapters[1][0], "mara")
+    assert left.detail == {"before": adapters[1][0], "reason": "enough"}
+    assert registry.history()[-1]["event_id"] == left.event_id
 
 
 def test_everything_is_there_after_a_restart(registry: Registry, adapters: list[tuple[str, Path]], database: Engine) -> None:

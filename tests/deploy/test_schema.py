@@ -19,7 +19,7 @@ from feedback import audit, erasure, keys, subjects
 from feedback.database import open_database
 from feedback.errors import ConfigError, NotDurable
 
-NEWEST = "0002"
+NEWEST = "0003"
 ROOMS = [tables.metadata, audit.metadata, keys.metadata, subjects.metadata, erasure.metadata]
 
 
@@ -73,7 +73,9 @@ def test_a_newer_versions_database_is_refused_by_name(database: Engine) -> None:
     Registry(database)
     with database.begin() as db:
         db.execute(text("UPDATE alembic_version SET version_num = '0042_from_tomorrow'"))
-    with pytest.raises(ConfigError, match=r"of revision 0042_from_tomorrow, this version of Plaudit knows up to 0002: a newer one has"):
+    with pytest.raises(
+        ConfigError, match=rf"of revision 0042_from_tomorrow, this version of Plaudit knows up to {NEWEST}: a newer one has"
+    ):
         Registry(database)
 
 

@@ -126,7 +126,7 @@ def one_of_each(stores: Stores) -> list[Event]:
         ConsentWithdrawn(event_id="withdrew", subject="carl"),
         SubjectErased(event_id="erased dora", subject="dora"),
     ]
-    for kind in ("registered", "attested", "aliased", "retired"):
+    for kind in ("registered", "attested", "aliased", "unaliased", "retired"):
         fields: dict[str, Any] = {
             "type": f"adapter.{kind}",
             "adapter": "a" * 64,
