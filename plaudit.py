@@ -49,6 +49,7 @@ def up(config_path: ConfigPath = None) -> None:
             feedback=settings.feedback,
             limits=settings.limits,
             erasure=settings.erasure,
+            rollout=settings.rollout,
         )
         service = Service(stores, registry, gateway, settings.engine, settings.rollout, settings.gates)
         service.prepare(policy_folder(settings))

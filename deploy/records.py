@@ -46,6 +46,31 @@ class Attestation(Model):
     at_ms: int
 
 
+class AliasMove(Model):
+    """One alias pointed elsewhere, or at nothing."""
+
+    id: int
+    name: Alias
+    before: str | None
+    after: str | None
+    actor: str
+    reason: str
+    at_ms: int
+    event_id: str | None
+    """The event that tells of it; None where an older version moved it."""
+
+
+class Replica(Model):
+    """A model server and what it holds."""
+
+    replica: str
+    names: list[str]
+    at_ms: int
+    """When it last said so."""
+    lives: bool
+    """Whether that was recent enough; routes go by living replicas only."""
+
+
 class RolloutRecord(Model):
     """One adapter's way from candidate to stable, or to its end."""
 

@@ -9,14 +9,14 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from pydantic import JsonValue
 from sqlalchemy import Connection, Engine, func, insert, select, update
 
 from deploy.ledger import Ledger, alias_of
 from deploy.manifest import read_manifest, vllm_name
-from deploy.records import AdapterRecord, Alias, Attestation, RolloutRecord, State
+from deploy.records import AdapterRecord, Alias, Attestation, Replica, RolloutRecord, State
 from deploy.routing import AdapterRef, RoutingTable
 from deploy.store import AdapterStore
 from deploy.tables import adapters, alias_history, aliases, attestations, facts, holdings, rollouts
@@ -58,6 +58,12 @@ class Registry(Ledger):
                     self._emit(db, AdapterEvent(**self._head(), type="adapter.registered", adapter=adapter_id, actor=by))
                     self._record(db, by, "adapter.registered", adapter_id, manifest.kind)
         return self.adapter(adapter_id)
+
+    def register_stored(self, adapter_id: str, by: str) -> AdapterRecord:
+        """The same for one that lies in the store already. Raises NotFound where it does not, Conflict where its files are not its own."""
+        if self._store is None:
+            raise NotFound("adapter: this process has no store to look into (deploy.store)", field="adapter")
+        return self.register(adapter_id, self._store.fetch(adapter_id), by)
 
     def adapter(self, prefix: str) -> AdapterRecord:
         """By id or its first digits. Raises NotFound, and InvalidInput where several begin so."""
@@ -102,6 +108,14 @@ class Registry(Ledger):
         """The adapter that the alias points at."""
         with self._read() as db:
             return alias_of(db, name)
+
+    def aliases(self, limit: int, before: int | None = None) -> dict[str, Any]:
+        """Where each alias points and its last moves, of one moment; the moves with an id below `before`."""
+        moves = select(alias_history).order_by(alias_history.c.id.desc()).limit(limit)
+        with self._read() as db:
+            found = db.execute(moves if before is None else moves.where(alias_history.c.id < before)).all()
+            now = {name: alias_of(db, name) for name in get_args(Alias)}
+        return now | {"history": [dict(row._mapping) for row in reversed(found)]}
 
     def history(self) -> list[dict[str, JsonValue]]:
         """Every alias move, oldest first."""
@@ -172,6 +186,13 @@ class Registry(Ledger):
             values = {"names": sorted(names), "at_ms": now_ms(db)}
             if db.execute(update(holdings).where(holdings.c.replica == replica).values(**values)).rowcount == 0:
                 db.execute(insert(holdings).values(replica=replica, **values))
+
+    def replicas(self) -> list[Replica]:
+        """All that ever said what they hold, by name."""
+        with self._read() as db:
+            oldest = now_ms(db) - HOLDING_AGE_MS
+            rows = db.execute(select(holdings).order_by(holdings.c.replica)).all()
+        return [Replica(**row._mapping, lives=row.at_ms > oldest) for row in rows]
 
     def held_everywhere(self) -> set[str]:
         """Names that every living replica holds; empty where none lives."""

@@ -287,8 +287,9 @@ def _rows(verdicts: Sequence[Verdict]) -> list[dict[str, JsonValue]]:
     return [verdict.model_dump(mode="json") for verdict in verdicts]
 
 
-def approve(registry: Registry, settings: RolloutSettings, adapter: str, key: ApiKey) -> RolloutRecord:
-    """A person lets the adapter answer everybody. Raises NotAllowed, NotFound and PromotionRefused, each saying what to do next."""
+def approve(registry: Registry, settings: RolloutSettings, adapter: str, key: ApiKey, rollout: str | None = None) -> RolloutRecord:
+    """A person lets the adapter answer everybody; with `rollout`, after what that rollout showed and no other. Raises NotAllowed,
+    NotFound and PromotionRefused, each saying what to do next, and Conflict where somebody else was first."""
     key.require("adapters:promote")
     record = registry.adapter(adapter)
     if not key.person:
@@ -302,19 +303,21 @@ def approve(registry: Registry, settings: RolloutSettings, adapter: str, key: Ap
     erasure = withheld(registry.attestations(record.id, "erasure"))
     if erasure.verdict != "pass":
         raise PromotionRefused(f"approval: {record.id[:16]}: {erasure.reason}", field="adapter")
-    waiting = [each for each in registry.rollouts(record.id) if each.state == "awaiting"]
+    meant = [each for each in registry.rollouts(record.id) if rollout in (None, each.id)]
+    waiting = [each for each in meant if each.state == "awaiting"]
     if not waiting:
-        last = registry.rollouts(record.id)[-1:]
+        last = meant[-1:]
         why = f"its rollout is '{last[0].state}': {last[0].reason}" if last else f"it is '{record.state}': {record.reason}"
         raise PromotionRefused(f"approval: {record.id[:16]} does not wait for approval; {why}", field="adapter")
     registry.promote(waiting[0].id, key.owner)
     return registry.rollout(waiting[0].id)
 
 
-def stop(registry: Registry, reason: str, key: ApiKey) -> RolloutRecord:
-    """A person ends the running rollout; everybody is answered by stable again."""
+def stop(registry: Registry, reason: str, key: ApiKey, rollout: str | None = None) -> RolloutRecord:
+    """A person ends this rollout, else whichever runs; everybody is answered by stable again. Raises NotAllowed, NotFound, and Conflict
+    where it has ended."""
     key.require("adapters:promote")
-    running = registry.active_rollout()
+    running = registry.active_rollout() if rollout is None else registry.rollout(rollout)
     if running is None:
         raise NotFound("stop: no rollout is running", field="rollout")
     registry.end_rollout(running.id, f"stopped by {key.owner}: {reason}", key.owner)

@@ -91,6 +91,14 @@ def read(engine: Engine) -> Iterator[dict[str, Any]]:
             yield dict(row._mapping)
 
 
+def tail(engine: Engine, limit: int, before: int | None = None) -> list[dict[str, Any]]:
+    """The last rows, oldest first; those below `before`."""
+    last = select(rows).order_by(rows.c.id.desc()).limit(limit)
+    with transaction(engine) as db:
+        found = db.execute(last if before is None else last.where(rows.c.id < before)).all()
+    return [dict(row._mapping) for row in reversed(found)]
+
+
 def verify(engine: Engine) -> tuple[Head, Fault | None]:
     """Walk the whole chain: its head as computed, and the first row that is not what was written."""
     before, number, stored = EMPTY, 0, (0, EMPTY)

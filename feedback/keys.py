@@ -21,8 +21,12 @@ from feedback.database import create_tables, transaction
 from feedback.errors import Conflict, InvalidInput, NotAllowed, NotAuthenticated, NotFound
 from feedback.events import Model
 
-Scope = Literal["chat", "feedback", "dataset", "adapters:write", "adapters:promote", "gates:override", "keys", "erase", "audit"]
+Scope = Literal[
+    "chat", "feedback", "dataset", "adapters:read", "adapters:write", "adapters:promote", "gates:override", "keys", "erase", "audit"
+]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+INCLUDED_IN: dict[Scope, tuple[Scope, ...]] = {"adapters:read": ("adapters:write", "adapters:promote", "gates:override")}
+"""Whoever may change adapters may read what they change."""
 
 MAX_OWNER_CHARS = 200
 metadata = MetaData()
@@ -74,7 +78,7 @@ class ApiKey(Model):
 
     def require(self, scope: Scope) -> None:
         """Raises NotAllowed where the key lacks the scope."""
-        if scope not in self.scopes:
+        if not {scope, *INCLUDED_IN.get(scope, ())} & set(self.scopes):
             raise NotAllowed(f"key {self.id} has scopes {', '.join(self.scopes)}; this needs '{scope}'", field="scope")
 
     def require_origin(self, origin: str | None) -> None:

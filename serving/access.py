@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -17,14 +18,22 @@ from serving.who import COOKIE, Access, Caller
 
 Handler = Callable[..., Awaitable[Response]]
 PUBLIC = Access()
-SCHEMAS = "#/components/schemas/"
+REFERENCE = "#/components/schemas/{model}"
 
 
-def add_route(app: FastAPI, method: str, path: str, handler: Handler, access: Access, *, body: type[BaseModel] | None = None) -> None:
-    """Register a route. The handler runs only for requests that `access` lets in; `caller_of` says who they are from.
+@dataclass(frozen=True)
+class Taken:
+    """What a handler parses its request as and what it gives, for the OpenAPI document alone."""
 
-    `body` is the model that the handler parses the request's body as; here it only goes into the OpenAPI document.
-    """
+    asks: type[BaseModel]
+    """The body of a POST, the query of a GET."""
+    parts: tuple[str, ...] = ()
+    """Fields of `asks` that stand in the path."""
+    gives: type[BaseModel] | None = None
+
+
+def add_route(app: FastAPI, method: str, path: str, handler: Handler, access: Access, *, taken: Taken | None = None) -> None:
+    """Register a route. The handler runs only for requests that `access` lets in; `caller_of` says who they are from."""
 
     @functools.wraps(handler)
     async def guarded(request: Request, **parts: Any) -> Response:
@@ -33,10 +42,29 @@ def add_route(app: FastAPI, method: str, path: str, handler: Handler, access: Ac
         return await handler(request, **parts)
 
     told: dict[str, Any] = {"security": _security(access)}
-    if body is not None:
-        schema = body.model_json_schema(ref_template=SCHEMAS + "{model}")
-        told["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    if taken is not None:
+        told |= _told(method, taken)
     app.add_api_route(path, guarded, methods=[method], openapi_extra=told)
+
+
+def _told(method: str, taken: Taken) -> dict[str, Any]:
+    """As OpenAPI says it. Definitions stay inside the schemas; `document` moves them."""
+    schema = taken.asks.model_json_schema(ref_template=REFERENCE)
+    fields, required = schema.pop("properties", {}), schema.pop("required", [])
+    parts = [{"name": name, "in": "path", "required": True, "schema": fields.pop(name)} for name in taken.parts]
+    required = [name for name in required if name in fields]
+    told: dict[str, Any] = {}
+    if method == "GET":
+        parts += [{"name": name, "in": "query", "required": name in required, "schema": each} for name, each in fields.items()]
+    elif fields:
+        body = schema | {"properties": fields} | ({"required": required} if required else {})
+        told["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+    if parts:
+        told["parameters"] = parts
+    if taken.gives is not None:
+        schema = taken.gives.model_json_schema(ref_template=REFERENCE, mode="serialization")
+        told["responses"] = {"200": {"description": "Done", "content": {"application/json": {"schema": schema}}}}
+    return told
 
 
 def _security(access: Access) -> list[dict[str, list[str]]]:
@@ -65,8 +93,8 @@ def document(app: FastAPI) -> dict[str, Any]:
     components["securitySchemes"] = SCHEMES
     schemas = components.setdefault("schemas", {})
     for operation in operations(found).values():
-        body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
-        schemas.update(body.pop("$defs", {}))
+        for said in (operation.get("requestBody", {}), operation["responses"]["200"]):
+            schemas.update(said.get("content", {}).get("application/json", {}).get("schema", {}).pop("$defs", {}))
     return found
 
 

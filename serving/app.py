@@ -19,16 +19,18 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 
 from deploy.engine import Engine
+from deploy.operations import Desk
 from deploy.registry import Registry
 from feedback.errors import NotDurable
 from feedback.limits import InFlight, Limits
 from feedback.stores import Stores
 from serving import consent, errors
-from serving.access import PUBLIC, add_route, document
+from serving.access import PUBLIC, Taken, add_route, document
 from serving.chat import Gateway, chat, check_model
 from serving.config import GatewaySettings
 from serving.metrics import DEAD_LETTERS, RELAY_PENDING
 from serving.openai_api import ChatRequest
+from serving.ops import add_operations
 from serving.rating import REASONS, Said, give, read
 from serving.record import Recorder
 from serving.route import RouteWatch
@@ -73,14 +75,15 @@ def create_app(stores: Stores, registry: Registry, engine: Engine, settings: Gat
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key"],
             expose_headers=["Plaudit-Feedback-Token", "Plaudit-Recorded", "Retry-After", "RateLimit-Limit", "RateLimit-Remaining"],
         )
-    add_route(app, "POST", "/v1/chat/completions", chat, Access(scope="chat", session=True), body=ChatRequest)
+    add_route(app, "POST", "/v1/chat/completions", chat, Access(scope="chat", session=True), taken=Taken(ChatRequest))
     add_route(app, "GET", "/v1/models", models, Access(scope="chat", session=True))
     add_route(app, "GET", "/v1/models/{name:path}", model, Access(scope="chat", session=True))
-    add_route(app, "POST", "/v1/feedback", give, Access(scope="feedback", token=True), body=Said)
+    add_route(app, "POST", "/v1/feedback", give, Access(scope="feedback", token=True), taken=Taken(Said))
     add_route(app, "GET", "/v1/feedback", read, Access(scope="feedback", token=True))
     person = Access(scope="erase", session=True, token=True)
-    add_route(app, "POST", "/v1/people/erase", consent.erase, person, body=consent.Wish)
-    add_route(app, "POST", "/v1/people/withdraw", consent.withdraw, person, body=consent.Wish)
+    add_route(app, "POST", "/v1/people/erase", consent.erase, person, taken=Taken(consent.Wish))
+    add_route(app, "POST", "/v1/people/withdraw", consent.withdraw, person, taken=Taken(consent.Wish))
+    add_operations(app, Desk(registry, stores.engine, settings.rollout), server.max_body_bytes)
     add_route(app, "GET", "/livez", live, PUBLIC)
     add_route(app, "GET", "/readyz", ready, PUBLIC)
     add_route(app, "GET", "/metrics", measured, PUBLIC)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from deploy.config import ErasureSettings, PolicySettings
+from deploy.config import ErasureSettings, PolicySettings, RolloutSettings
 from feedback.config import FeedbackSettings, LimitSettings, Section
 
 
@@ -59,3 +59,4 @@ class GatewaySettings(Section):
     feedback: FeedbackSettings = FeedbackSettings()
     limits: LimitSettings = LimitSettings()
     erasure: ErasureSettings = ErasureSettings()
+    rollout: RolloutSettings = RolloutSettings()

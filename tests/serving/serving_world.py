@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx2
+from sqlalchemy import Engine as Database
 from waiting import until
 
 from benchmarks.gateway import listening
@@ -32,10 +33,11 @@ MODEL = "plaudit"
 NAMES = (STABLE.name, CANARY.name, RoutingTable(version=1, stable=STABLE, rollout="rollout-7").baseline_name or "")
 
 
-class Routes:
-    """The one thing that a gateway asks of the registry; tests change `table` or make it fail."""
+class Routes(Registry):
+    """An empty registry whose routing table tests change or make fail."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Database) -> None:
+        super().__init__(engine)
         self.table = RoutingTable(version=1, stable=STABLE)
         self.broken = False
 
@@ -132,7 +134,7 @@ def serve(
     (adapter / "adapter_config.json").write_text("{}")
     if isinstance(engine, Scripted):
         engine.loaded.update(dict.fromkeys(NAMES, adapter))
-    routes = Routes()
+    routes = Routes(stores.engine)
     settings = GatewaySettings(
         server=server or ServerSettings(route_refresh_s=0.02, route_max_age_s=0.3),
         record=record or RecordSettings(),
@@ -141,7 +143,7 @@ def serve(
         feedback=feedback,
         limits=limits or UNLIMITED,
     )
-    app = create_app(stores, cast(Registry, routes), engine, settings)
+    app = create_app(stores, routes, engine, settings)
     try:
         with listening(app) as url, httpx2.Client(base_url=url, timeout=10, verify=False) as http:
             yield World(url, engine, stores, routes, data_dir, secret, app, http)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx2
 from fastapi import FastAPI
@@ -15,7 +15,6 @@ from serving_world import MODEL, STABLE, Routes, echo
 
 from deploy.config import PolicySettings
 from deploy.engine import Scripted
-from deploy.registry import Registry
 from feedback.config import FeedbackSettings, Settings
 from feedback.limits import UNLIMITED
 from feedback.stores import Stores, open_stores
@@ -61,7 +60,7 @@ class TwoGateways:
             feedback=feedback,
             limits=UNLIMITED,
         )
-        app = create_app(stores, cast(Registry, Routes()), engine, settings)
+        app = create_app(stores, Routes(stores.engine), engine, settings)
         self.loop.run_until_complete(app.state.gateway.route.refresh())
         http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://gateway")
         return Gateway(stores, app, http)
