@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from commands import adapters, audit, backup, cards, feedback, kafka, keys, learning, people  # noqa: F401  (cards and people add verbs)
+from commands import adapters, audit, backup, cards, feedback, kafka, keys, learning, people, rollouts  # noqa: F401  (cards, people add verbs)
 from commands.settings import ConfigPath, opened, policy_folder, settings_from
 from commands.terminal import Steps, complain, console, say
 from feedback.clock import wall_ms
@@ -22,7 +22,14 @@ from feedback.stores import Stores
 from serving.config import GatewaySettings
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
-for name, group in (("adapters", adapters), ("audit", audit), ("feedback", feedback), ("kafka", kafka), ("keys", keys)):
+for name, group in (
+    ("adapters", adapters),
+    ("audit", audit),
+    ("feedback", feedback),
+    ("kafka", kafka),
+    ("keys", keys),
+    ("rollouts", rollouts),
+):
     app.add_typer(group.app, name=name)
 for group in (backup, learning):
     app.add_typer(group.app)

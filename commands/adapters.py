@@ -9,68 +9,98 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from commands.settings import ConfigPath, KeyOption, ReasonOption, opened, operator
+from commands.ask import UrlOption, asking
+from commands.rollouts import promoted
+from commands.settings import ConfigPath, KeyOption, ReasonOption, opened, settings_from
 from commands.terminal import console, say
-from deploy import overrides, rollout, signing
+from deploy import operations, signing
+from deploy.manifest import read_manifest
+from deploy.store import AdapterStore
 
 app = typer.Typer(no_args_is_help=True, help="Which adapter may answer whom.")
 
 
 @app.command("list")
-def list_adapters(config_path: ConfigPath = None) -> None:
+def list_adapters(key: KeyOption = "", url: UrlOption = "", config_path: ConfigPath = None) -> None:
     """All adapters and where they stand."""
-    with opened(config_path, "operator") as (_, _stores, registry):
+    with asking(config_path, url, key) as ask:
         table = Table("adapter", "kind", "state", "registered by", "why")
-        for each in registry.adapters():
-            table.add_row(each.id[:16], each.kind, each.state, each.registered_by, each.reason)
+        for each in ask(operations.LIST_ADAPTERS)["adapters"]:
+            table.add_row(each["id"][:16], each["kind"], each["state"], each["registered_by"], each["reason"])
         console.print(table)
 
 
 @app.command("show")
-def show_adapter(adapter: str, config_path: ConfigPath = None) -> None:
+def show_adapter(adapter: str, key: KeyOption = "", url: UrlOption = "", config_path: ConfigPath = None) -> None:
     """Manifest, attestations and rollouts of one adapter, as JSON."""
-    with opened(config_path, "operator") as (_, _stores, registry):
-        record = registry.adapter(adapter)
-        found = {
-            "adapter": record.model_dump(mode="json"),
-            "manifest": record.manifest.model_dump(mode="json"),
-            "attestations": [each.model_dump(mode="json") for each in registry.attestations(record.id)],
-            "rollouts": [each.model_dump(mode="json") for each in registry.rollouts(record.id)],
-        }
-        console.print_json(json.dumps(found))
+    with asking(config_path, url, key) as ask:
+        console.print_json(json.dumps(ask(operations.SHOW_ADAPTER, adapter=adapter)))
+
+
+@app.command("aliases")
+def list_aliases(
+    limit: Annotated[int, typer.Option("-n", min=1, max=operations.MOST, help="How many moves.")] = 20,
+    key: KeyOption = "",
+    url: UrlOption = "",
+    config_path: ConfigPath = None,
+) -> None:
+    """Where `stable`, `canary` and `previous` point, and their last moves, as JSON."""
+    with asking(config_path, url, key) as ask:
+        console.print_json(json.dumps(ask(operations.ALIASES, limit=limit)))
+
+
+@app.command("register")
+def register_adapter(
+    folder: Annotated[Path, typer.Argument(help="An adapter with its manifest.json.")],
+    key: KeyOption = "",
+    url: UrlOption = "",
+    config_path: ConfigPath = None,
+) -> None:
+    """Copy an adapter's folder into the store and make it a candidate."""
+    settings = settings_from(config_path)
+    with asking(config_path, url, key) as ask:
+        data_dir, adapter = settings.feedback.data_dir, read_manifest(folder).adapter_id
+        AdapterStore(settings.deploy.resolved(data_dir), data_dir / "adapters").put(folder)
+        done = ask(operations.REGISTER, adapter=adapter)
+        say(f"{done['id'][:16]} is '{done['state']}': registered by {done['registered_by']}")
 
 
 @app.command("promote")
-def promote(adapter: str, key: KeyOption = "", config_path: ConfigPath = None) -> None:
+def promote(adapter: str, key: KeyOption = "", url: UrlOption = "", config_path: ConfigPath = None) -> None:
     """Approve the canary that waits for it. Needs another person's key than the one that registered it."""
-    with opened(config_path, "operator") as (settings, stores, registry):
-        done = rollout.approve(registry, settings.rollout, adapter, operator(stores, key, "adapters:promote"))
-        say(f"{done.adapter[:16]} is stable: {done.reason}")
+    with asking(config_path, url, key) as ask:
+        say(promoted(ask(operations.APPROVE_ADAPTER, adapter=adapter)))
 
 
 @app.command("override")
-def override_gate(adapter: str, gate: str, reason: ReasonOption, key: KeyOption = "", config_path: ConfigPath = None) -> None:
+def override_gate(
+    adapter: str, gate: str, reason: ReasonOption, key: KeyOption = "", url: UrlOption = "", config_path: ConfigPath = None
+) -> None:
     """Let one adapter pass one gate whatever it says. Needs a person's key with the scope for it; every verdict shows it."""
-    with opened(config_path, "operator") as (settings, stores, registry):
-        by = operator(stores, key, overrides.SCOPE)
-        overrides.override(registry, adapter, gate, reason, by, two_people=settings.rollout.two_people)
-        record = registry.adapter(adapter)
-        say(f"{gate} is overridden for {record.id[:16]}, which is '{record.state}'")
+    with asking(config_path, url, key) as ask:
+        done = ask(operations.OVERRIDE, adapter=adapter, gate=gate, reason=reason)
+        say(f"{gate} is overridden for {done['id'][:16]}, which is '{done['state']}'")
 
 
 @app.command("rollback")
-def rollback(reason: ReasonOption, key: KeyOption = "", config_path: ConfigPath = None) -> None:
+def rollback(
+    reason: ReasonOption,
+    expect: Annotated[str, typer.Option(help="The adapter to take back; default: whichever is stable now.")] = "",
+    key: KeyOption = "",
+    url: UrlOption = "",
+    config_path: ConfigPath = None,
+) -> None:
     """`previous` answers again."""
-    with opened(config_path, "operator") as (_, stores, registry):
-        seen = registry.alias("stable")
-        say(f"{registry.rollback(operator(stores, key, 'adapters:promote').owner, reason, seen)[:16]} is stable again")
+    with asking(config_path, url, key) as ask:
+        seen = expect or ask(operations.ALIASES, limit=1)["stable"] or ""
+        say(f"{ask(operations.ROLLBACK, reason=reason, expect=seen)['stable'][:16]} is stable again")
 
 
 @app.command("stop")
-def stop_rollout(reason: ReasonOption, key: KeyOption = "", config_path: ConfigPath = None) -> None:
-    """End the running rollout; stable answers everybody."""
-    with opened(config_path, "operator") as (_, stores, registry):
-        say(rollout.stop(registry, reason, operator(stores, key, "adapters:promote")).reason)
+def stop_rollout(reason: ReasonOption, key: KeyOption = "", url: UrlOption = "", config_path: ConfigPath = None) -> None:
+    """End the running rollout, as `plaudit rollouts stop` does; stable answers everybody."""
+    with asking(config_path, url, key) as ask:
+        say(ask(operations.STOP, rollout=operations.RUNNING, reason=reason)["reason"])
 
 
 @app.command("sign")

@@ -11,7 +11,15 @@ from typing import Annotated
 
 import typer
 
-from deploy.config import DeploySettings, EngineSettings, ErasureSettings, GateSettings, PolicySettings, RolloutSettings
+from deploy.config import (
+    DeploySettings,
+    EngineSettings,
+    ErasureSettings,
+    GateSettings,
+    OperatorSettings,
+    PolicySettings,
+    RolloutSettings,
+)
 from deploy.manifest import base_config
 from deploy.registry import Registry
 from deploy.schema import upgrade
@@ -30,6 +38,7 @@ class Settings(config.Settings):
 
     policy: PolicySettings = PolicySettings()
     deploy: DeploySettings = DeploySettings()
+    operator: OperatorSettings = OperatorSettings()
     engine: EngineSettings = EngineSettings()
     server: ServerSettings = ServerSettings()
     record: RecordSettings = RecordSettings()

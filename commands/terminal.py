@@ -15,6 +15,7 @@ WIDTH = None if sys.stdout.isatty() else 400
 console, errors = (Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=WIDTH) for stderr in (False, True))
 say = partial(console.print, soft_wrap=True)
 complain = partial(errors.print, soft_wrap=True, style="red")
+remark = partial(errors.print, soft_wrap=True, style="dim")
 
 
 class Steps:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from deploy.address import problem
 from feedback.config import Section
 
 Weight = Annotated[float, Field(gt=0, le=0.5)]
@@ -39,6 +40,23 @@ class DeploySettings(Section):
     def resolved(self, data_dir: Path) -> str:
         """The place to open."""
         return self.store or str((data_dir / "adapters").resolve())
+
+
+class OperatorSettings(Section):
+    """Where `plaudit adapters` and `plaudit rollouts` ask."""
+
+    url: str | None = None
+    """A gateway, https unless on this machine; unset: the one that runs on the data folder, else the registry's database itself."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """How long it may take to answer."""
+
+    @field_validator("url")
+    @classmethod
+    def may_get_a_key(cls, url: str | None) -> str | None:
+        """Every request carries the operator's key."""
+        if url is not None and (wrong := problem(url)):
+            raise ValueError(wrong)
+        return url
 
 
 class EngineSettings(Section):

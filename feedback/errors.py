@@ -10,6 +10,7 @@
     ├── Gone                  it was here: erased, expired or retired
     ├── Conflict              somebody else was first (compare-and-swap, lease)
     ├── NotDurable            could not be stored; nothing was acknowledged; come back after retry_after_s
+    ├── GatewayUnavailable    no gateway answers where a command asked for one
     ├── EngineError           the model server
     │   ├── EngineUnavailable     it does not answer; come back after retry_after_s
     │   └── EngineRefused         it answered that it will not
@@ -73,6 +74,10 @@ class Conflict(PlauditError):
 
 class NotDurable(PlauditError):
     """The event could not be stored, so nothing was acknowledged."""
+
+
+class GatewayUnavailable(PlauditError):
+    """No gateway answers at the address that a command asked."""
 
 
 class EngineError(PlauditError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from urllib.parse import unquote
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -45,7 +46,7 @@ async def _asked(operation: Operation, request: Request, max_body_bytes: int) ->
             raise InvalidInput("The body is not a JSON object.")
         if twice := [name for name in operation.parts if name in given]:
             raise InvalidInput(f"{twice[0]}: stands in the path; leave it out here.", field=twice[0])
-        return operation.asks.model_validate({**given, **{name: request.path_params[name] for name in operation.parts}})
+        return operation.asks.model_validate({**given, **{name: unquote(request.path_params[name]) for name in operation.parts}})
     except ValidationError as exc:
         raise refusal(exc) from exc
     except ValueError as exc:

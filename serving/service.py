@@ -15,6 +15,7 @@ import structlog
 import uvicorn
 
 from deploy import lineage
+from deploy.address import announcing
 from deploy.config import EngineSettings, GateSettings, RolloutSettings
 from deploy.controller import Controller
 from deploy.engine import VLLM, Engine, Scripted
@@ -127,17 +128,18 @@ class Service:
             asyncio.create_task(_announce(listener, held, ready)),
         ]
         serving = asyncio.create_task(http.serve([listener]))
-        try:
-            # The agent ends by itself only where the model server cannot be started at all.
-            done, _ = await asyncio.wait([serving, tasks[0]], return_when=asyncio.FIRST_COMPLETED)
-            http.should_exit = True
-            await serving
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        with announcing(self.data_dir, *listener.getsockname()[:2]):
+            try:
+                # The agent ends by itself only where the model server cannot be started at all.
+                done, _ = await asyncio.wait([serving, tasks[0]], return_when=asyncio.FIRST_COMPLETED)
+                http.should_exit = True
+                await serving
+                for task in done:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
         return http.status
 
     async def _archive(self) -> None:

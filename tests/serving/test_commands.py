@@ -123,7 +123,7 @@ def test_another_model_on_the_same_folder_is_refused(up: Up, tmp_path: Path, tin
 
 def test_what_looks_like_markup_is_printed_as_it_is(tmp_path: Path) -> None:
     code, printed, errors = run(tmp_path, "adapters", "show", "[/b]")
-    assert (code, printed) == (1, "") and errors.startswith("plaudit: adapter: there is none with id '[/b]'")
+    assert (code, printed) == (1, "") and errors.splitlines()[-1].startswith("plaudit: adapter: there is none with id '[/b]'")
     stores = open_stores(Settings(feedback=FeedbackSettings(data_dir=tmp_path / "data")), "operator")
     _, admin = stores.api_keys.create("admin", ("keys",))
     stores.close()
