@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from good_evaluation import GOOD
 
 from benchmarks.gates import INVENTED, OFF, SHIPPED, popular, refused, scaled, unharmed
 from benchmarks.harms import DOUBTS, PHRASE, PIECES, base_answers, believers, crowd, fancy, fans, longer, planted
 from examples.smollm2.facts import facts
-from tests.deploy.test_gates import GOOD
 from trainer.knowledge import asked
 
 
