@@ -58,7 +58,7 @@ def up(config_path: ConfigPath = None) -> None:
             erasure=settings.erasure,
             rollout=settings.rollout,
         )
-        service = Service(stores, registry, gateway, settings.engine, settings.rollout, settings.gates)
+        service = Service(stores, registry, gateway, settings.engine, settings.rollout, settings.gates, settings.webhooks)
         service.prepare(policy_folder(settings))
         with Steps() as steps:
             status = asyncio.run(

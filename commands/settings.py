@@ -19,6 +19,7 @@ from deploy.config import (
     OperatorSettings,
     PolicySettings,
     RolloutSettings,
+    WebhookSettings,
 )
 from deploy.manifest import base_config
 from deploy.registry import Registry
@@ -39,6 +40,7 @@ class Settings(config.Settings):
     policy: PolicySettings = PolicySettings()
     deploy: DeploySettings = DeploySettings()
     operator: OperatorSettings = OperatorSettings()
+    webhooks: WebhookSettings = WebhookSettings()
     engine: EngineSettings = EngineSettings()
     server: ServerSettings = ServerSettings()
     record: RecordSettings = RecordSettings()

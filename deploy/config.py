@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from deploy.address import problem
 from feedback.config import Section
@@ -57,6 +58,60 @@ class OperatorSettings(Section):
         if url is not None and (wrong := problem(url)):
             raise ValueError(wrong)
         return url
+
+
+class Webhook(Section):
+    """Who is told of alias moves."""
+
+    url: str
+    secrets: tuple[SecretStr, ...] = Field(min_length=1, max_length=3)
+
+    @field_validator("secrets")
+    @classmethod
+    def long_enough(cls, secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        """As Standard Webhooks has them."""
+        for secret in secrets:
+            key = _key(secret)
+            if key is None or not 24 <= len(key) <= 64:
+                raise ValueError("is not whsec_ and the base64 of 24 to 64 random bytes")
+        return secrets
+
+    def signing_keys(self) -> list[bytes]:
+        """What signs."""
+        return [key for secret in self.secrets if (key := _key(secret)) is not None]
+
+
+def _key(secret: SecretStr) -> bytes | None:
+    prefix, _, text = secret.get_secret_value().partition("_")
+    try:
+        return base64.b64decode(text, validate=True) if prefix == "whsec" else None
+    except ValueError:
+        return None
+
+
+class WebhookSettings(Section):
+    """Who else is told when an alias moves, by https://www.standardwebhooks.com."""
+
+    endpoints: tuple[Webhook, ...] = Field(default=(), max_length=16)
+    """Each `{"url": "https://...", "secrets": ["whsec_..."]}`; every secret signs, so that one can be replaced."""
+    allow_http: bool = False
+    """Also to other machines without TLS, as inside a cluster."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """How long an endpoint may take to answer 2xx."""
+    tries: int = Field(default=12, ge=1)
+    """After so many a move is given up for this endpoint, with an audit row, and the next one is sent."""
+    retry_s: float = Field(default=5.0, gt=0)
+    """Between the first two tries; doubled with each further one."""
+    max_retry_s: float = Field(default=3600.0, gt=0)
+    """Longest time between two tries."""
+
+    @model_validator(mode="after")
+    def only_where_nobody_listens(self) -> WebhookSettings:
+        """A URL of our own network must be meant."""
+        for number, endpoint in enumerate(self.endpoints):
+            if wrong := problem(endpoint.url, plain=self.allow_http):
+                raise ValueError(f"endpoints.{number}.url {wrong}, or set webhooks.allow_http")
+        return self
 
 
 class EngineSettings(Section):

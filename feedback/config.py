@@ -210,5 +210,5 @@ def _first_problem(exc: ValidationError) -> tuple[str, str]:
         return where, "is not known; look for a misspelling"
     if first["type"] == "value_error":
         return where, first["msg"].removeprefix("Value error, ")
-    secret = "password" in where or "secret" in where or where == "registry.url"
+    secret = "password" in where or "secret" in where or where == "registry.url" or where.startswith("webhooks")
     return where, f"{first['msg']}, got {'***' if secret else repr(first['input'])}"

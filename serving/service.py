@@ -16,7 +16,7 @@ import uvicorn
 
 from deploy import lineage
 from deploy.address import announcing
-from deploy.config import EngineSettings, GateSettings, RolloutSettings
+from deploy.config import EngineSettings, GateSettings, RolloutSettings, WebhookSettings
 from deploy.controller import Controller
 from deploy.engine import VLLM, Engine, Scripted
 from deploy.loading import Intake
@@ -25,6 +25,7 @@ from deploy.registry import Registry
 from deploy.replica import Progress, ReplicaAgent, VllmServer
 from deploy.rollout import Rollout
 from deploy.signing import Signatures
+from deploy.webhooks import Deliveries, Webhooks
 from feedback.errors import ConfigError, PlauditError
 from feedback.stores import Stores
 from serving.app import create_app
@@ -49,9 +50,10 @@ class Service:
         engine: EngineSettings,
         rollout: RolloutSettings,
         gates: GateSettings,
+        webhooks: WebhookSettings,
     ) -> None:
         self.stores, self.registry, self.gateway = stores, registry, gateway
-        self.engine_settings, self.rollout_settings, self.gate_settings = engine, rollout, gates
+        self.engine_settings, self.rollout_settings, self.gate_settings, self.webhook_settings = engine, rollout, gates, webhooks
         self.data_dir = stores.settings.feedback.data_dir
         self.server: VllmServer | None = None
         self.engine: Engine | None = None
@@ -127,6 +129,9 @@ class Service:
             asyncio.create_task(self._archive()),
             asyncio.create_task(_announce(listener, held, ready)),
         ]
+        if self.webhook_settings.endpoints:
+            deliveries = Deliveries(stores.engine, self.gateway.feedback.tenant)
+            tasks.append(asyncio.create_task(Webhooks(deliveries, self.webhook_settings).run()))
         serving = asyncio.create_task(http.serve([listener]))
         with announcing(self.data_dir, *listener.getsockname()[:2]):
             try:

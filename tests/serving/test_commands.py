@@ -132,6 +132,21 @@ def test_what_looks_like_markup_is_printed_as_it_is(tmp_path: Path) -> None:
     assert code == 0 and "[red]a long" in printed and len(printed.splitlines()) == 1
 
 
+def test_an_operator_reaches_the_gateway_that_runs_here_and_the_registry_where_it_stands_still(
+    up: Up, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, url, key = up(0)
+    code, printed, errors = run(tmp_path, "adapters", "list", "--key", key)
+    assert (code, errors) == (0, "") and "identity" in printed and "stable" in printed
+    process.send_signal(signal.SIGSTOP)
+    monkeypatch.setenv("PLAUDIT__OPERATOR__TIMEOUT_S", "0.5")
+    code, printed, errors = run(tmp_path, "adapters", "rollback", "--reason", "x", "--key", key)
+    assert (code, printed) == (1, "") and errors.splitlines() == [
+        f"plaudit: the gateway at {url} does not answer: nothing within 0.5 s; the registry's database is asked itself",
+        "plaudit: rollback: the alias 'previous' points at nothing; nothing was promoted yet",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
