@@ -11,7 +11,7 @@ import pytest
 from rollout_world import MARA, MakeAdapter, Ring, answer
 
 from deploy import rollout as module
-from deploy.config import EngineSettings, GateSettings, PolicySettings, RolloutSettings
+from deploy.config import EngineSettings, GateSettings, PolicySettings, RolloutSettings, WebhookSettings
 from deploy.guards import Guards
 from deploy.manifest import vllm_name
 from deploy.registry import Registry
@@ -259,7 +259,9 @@ def test_a_margin_that_there_cannot_be_is_refused_at_the_start(ring: Ring, tmp_p
     stores = open_stores(Settings(feedback=feedback))
     try:
         gateway = GatewaySettings(policy=PolicySettings(), feedback=feedback)
-        service = Service(stores, Registry(stores.engine), gateway, EngineSettings(kind="scripted"), settings, GateSettings())
+        service = Service(
+            stores, Registry(stores.engine), gateway, EngineSettings(kind="scripted"), settings, GateSettings(), WebhookSettings()
+        )
         service.prepare(tiny_policy)
         with pytest.raises(ConfigError) as refused:
             asyncio.run(service.run(lambda what, share: None, lambda url: pytest.fail("it serves")))

@@ -275,4 +275,5 @@ def test_plain_http_must_be_meant_and_no_secret_is_shown(monkeypatch: pytest.Mon
     assert "webhooks.endpoints" in wrong.value.message and SECRET not in wrong.value.message
     monkeypatch.setenv("PLAUDIT__WEBHOOKS__ENDPOINTS", json.dumps([{"url": "https://x.example", "secrets": [SECRET]}]))
     assert SECRET not in load(Settings).model_dump_json()
-    assert aiohttp.ClientSession.__init__.__kwdefaults__["trust_env"] is False, "no proxy of the environment hears of it"
+    defaults = aiohttp.ClientSession.__init__.__kwdefaults__ or {}
+    assert defaults["trust_env"] is False, "no proxy of the environment hears of it"
