@@ -19,7 +19,7 @@ from feedback import audit, erasure, keys, subjects
 from feedback.database import open_database
 from feedback.errors import ConfigError, NotDurable
 
-NEWEST = "0003"
+NEWEST = "0004"
 ROOMS = [tables.metadata, audit.metadata, keys.metadata, subjects.metadata, erasure.metadata]
 
 
