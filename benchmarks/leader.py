@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from deploy.registry import Registry
 from deploy.rollout import Rollout
 from deploy.tables import leases
 from feedback.config import FeedbackSettings, Settings
-from feedback.errors import EngineUnavailable, NotFound
+from feedback.errors import EngineUnavailable, NotDurable, NotFound
 from feedback.stores import open_stores
 from serving.chat import Gateway
 
@@ -139,7 +140,8 @@ async def bring(there: Place, promoted: bool, load: Any) -> None:
     await load()
     await until(lambda: registry.rollout(rollout.id).state != "gates")
     if (state := registry.rollout(rollout.id)).state != "canary":
-        raise NotFound(f"the rollout is {state.state}: {state.reason}")
+        said = (there.data_dir / "leader.out").read_text()[-1000:]
+        raise NotFound(f"the rollout is {state.state}: {state.reason}; the leader said: {said}")
     if promoted:
         await asyncio.to_thread(registry.await_approval, rollout.id, WON, "won", "controller", there.epoch())
         await asyncio.to_thread(registry.promote, rollout.id, "mara")
@@ -148,7 +150,8 @@ async def bring(there: Place, promoted: bool, load: Any) -> None:
 async def replica(there: Place) -> None:
     """What an agent beside the model server does as far as the registry sees it, until cancelled."""
     while True:
-        await asyncio.to_thread(there.registry.report_held, "stub", set(there.registry.wanted()))
+        with contextlib.suppress(NotDurable):  # an agent tries again, too
+            await asyncio.to_thread(lambda: there.registry.report_held("stub", set(there.registry.wanted())))
         await asyncio.sleep(REPORT_S)
 
 

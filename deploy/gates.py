@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 import deploy
 from deploy.config import GateSettings
@@ -189,6 +189,16 @@ class Verdict(BaseModel):
     def error(cls, name: str, reason: str) -> Verdict:
         """Something is missing, so nothing was compared."""
         return cls(name=name, verdict="error", reason=reason)
+
+
+def read(found: Attestation) -> Evaluation | Verdict:
+    """The evaluation, or what is wrong with it."""
+    try:
+        return Evaluation.model_validate(found.body)
+    except ValidationError as exc:
+        problem = exc.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        return Verdict.failed("evaluation", f"the evaluation cannot be read: {where}: {problem['msg']}; train again")
 
 
 def withheld(found: Sequence[Attestation]) -> Verdict:

@@ -79,6 +79,11 @@ class Registry(Ledger):
         """All, oldest first."""
         return self._all(AdapterRecord, select(adapters).order_by(adapters.c.registered_ms, adapters.c.id))
 
+    def next_candidate(self) -> AdapterRecord | None:
+        """The newest candidate whose evaluation is there; older ones learned from fewer ratings."""
+        waiting = [each for each in self.adapters() if each.state == "candidate" and each.kind == "trained"]
+        return next((each for each in reversed(waiting) if self.attestations(each.id, "evaluation")), None)
+
     def attest(self, adapter_id: str, kind: str, body: Mapping[str, JsonValue], by: str, reason: str | None = None) -> str:
         """Add what was found out; nothing is ever changed. Returns its id. The audit says the kind and, where there is one, the reason."""
         with self._change(by, "adapter.attested", adapter_id, kind if reason is None else f"{kind} {reason}") as db:

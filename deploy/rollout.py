@@ -22,35 +22,28 @@ registry before anything acts on it, so a controller that is killed anywhere lea
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import structlog
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from deploy.config import GateSettings, RolloutSettings
 from deploy.engine import Engine
 from deploy.evalues import win_test
-from deploy.gates import Evaluation, Verdict, judge, withheld
-from deploy.guards import Guardrail, Guards, with_margins
+from deploy.gates import Verdict, judge, read, withheld
+from deploy.guards import with_margins
+from deploy.look import DAY_MS, MINUTE_MS, Look, answers, of_gates, stored
 from deploy.manifest import vllm_name
-from deploy.records import AdapterRecord, RolloutRecord
+from deploy.records import RolloutRecord
 from deploy.registry import Registry, arms
 from deploy.votes import votes
-from deploy.watch import Watch
 from feedback.archive import Archive
-from feedback.errors import Conflict, EngineRefused, EngineUnavailable, NotFound, PlauditError, PromotionRefused
+from feedback.errors import Conflict, NotFound, PlauditError, PromotionRefused
 from feedback.keys import ApiKey
 from feedback.subjects import Subjects
 
 CONTROLLER = "controller"
-MINUTE_MS = 60_000
-DAY_MS = 24 * 60 * MINUTE_MS
-LATE_S = 30.0
-"""The archive may lag behind the log by so much."""
-LATER = ("wins", "guardrail ", "step", "data", "replicas", "look")
-"""Verdicts on a canary begin so; the others are its gates', and stay."""
 
 log = structlog.get_logger()
 
@@ -68,19 +61,16 @@ class Rollout:
     """Opens what people wrote, for the guardrails that read it."""
     newest: Callable[[], int] | None = None
     """The newest stamp in the log, which the archive has to reach; without, nobody notices that its data is late."""
-    _guardrails: tuple[Guardrail, ...] = field(init=False)
-    _watch: Watch | None = field(default=None, init=False)
-    _awaited: tuple[int, float] = field(default=(0, 0.0), init=False)
-    """A stamp, and since when the archive has been waited for to reach it."""
 
     def __post_init__(self) -> None:
-        self._guardrails = with_margins(self.settings.guard_margins)
+        guardrails = with_margins(self.settings.guard_margins)
+        self.look = Look(self.registry, self.archive, self.subjects, guardrails, self.newest)
 
     async def advance(self, epoch: int) -> None:
         """Look once and take the step that is due. Raises Conflict where another controller has taken over."""
         running = self.registry.active_rollout()
         if running is None:
-            if (candidate := self._next()) is not None:
+            if (candidate := self.registry.next_candidate()) is not None:
                 self.registry.begin_rollout(candidate.id, CONTROLLER, epoch)
             return
         try:
@@ -93,11 +83,6 @@ class Rollout:
             raise
         except Exception as exc:  # noqa: BLE001  the look's edge: it is shown as a verdict, and after `error_minutes` the rollout ends
             await asyncio.to_thread(self._broken, running, exc, epoch)
-
-    def _next(self) -> AdapterRecord | None:
-        """The newest candidate whose evaluation is there; older ones learned from fewer ratings."""
-        waiting = [each for each in self.registry.adapters() if each.state == "candidate" and each.kind == "trained"]
-        return next((each for each in reversed(waiting) if self.registry.attestations(each.id, "evaluation")), None)
 
     # --- gates ------------------------------------------------------------------------------------------------------
 
@@ -114,47 +99,25 @@ class Rollout:
                 )
                 self._stop(running, [verdict], epoch)
             return
-        body = self.registry.attestations(running.adapter, "evaluation")[-1].body
-        try:
-            evaluation = Evaluation.model_validate(body)
-        except ValidationError as exc:
-            problem = exc.errors()[0]
-            where = ".".join(map(str, problem["loc"]))
-            unread = Verdict.failed("evaluation", f"the evaluation cannot be read: {where}: {problem['msg']}; train again")
-            self._stop(running, [unread], epoch)
+        evaluation = read(self.registry.attestations(running.adapter, "evaluation")[-1])
+        if isinstance(evaluation, Verdict):
+            self._stop(running, [evaluation], epoch)
             return
         overrides = self.registry.attestations(running.adapter, "override")
-        answers = await self._answers(name)
-        verdicts = [answers, *judge(evaluation, self.gates, overrides)]
+        answered = await answers(self.engine, name, self.gates.probe_timeout_s)
+        verdicts = [answered, *judge(evaluation, self.gates, overrides)]
         if all(verdict.verdict == "pass" for verdict in verdicts):
             self.registry.start_canary(running.id, self.settings.weights[0], _rows(verdicts), CONTROLLER, epoch)
-        elif answers.verdict == "error":
-            self._wait(running, verdicts, [answers], epoch)
+        elif answered.verdict == "error":
+            self._wait(running, verdicts, [answered], epoch)
         else:
             self._stop(running, verdicts, epoch)
-
-    async def _answers(self, name: str) -> Verdict:
-        """It loads and says something. A server that is away is no fault of the adapter's."""
-        body = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0}
-        try:
-            async with asyncio.timeout(self.gates.probe_timeout_s):
-                reply = await self.engine.complete(body)
-        except EngineRefused as exc:
-            return Verdict.failed("answers", f"the model server did not answer with it: {exc.message}")
-        except EngineUnavailable as exc:
-            return Verdict.error("answers", f"the model server cannot be asked: {exc.message}")
-        except TimeoutError:
-            return Verdict.error("answers", f"the model server has not answered within {self.gates.probe_timeout_s:g} s")
-        tokens = int((reply.get("usage") or {}).get("completion_tokens", 0))
-        if tokens < 1:
-            return Verdict.failed("answers", "it answered with 0 tokens, at least 1 is needed")
-        return Verdict.passed("answers", f"it is loaded on every replica and answered with {tokens} tokens")
 
     # --- canary -----------------------------------------------------------------------------------------------------
 
     def _judge_canary(self, running: RolloutRecord, epoch: int) -> None:
-        guards = [*self._data(), *self._replicas(running), *self._guards(running)]
-        so_far = [*_gates(running), *guards]
+        guards = self.look.canary(running, self.settings.guard_alpha)
+        so_far = [*of_gates(running), *guards]
         errors = [each for each in guards if each.verdict == "error"]
         if any(each.verdict == "fail" for each in guards):
             self._stop(running, so_far, epoch, [each for each in guards if each.verdict in ("fail", "error")])
@@ -172,7 +135,7 @@ class Rollout:
         elif errors:
             self._wait(running, verdicts, errors, epoch)
         elif larger := [weight for weight in self.settings.weights if weight > running.weight]:
-            step = self._step(running, larger[0])
+            step = self.look.step(running, self.settings, larger[0])
             if step.verdict == "pass":
                 self.registry.grow_canary(running.id, larger[0], _rows([*verdicts, step]), CONTROLLER, epoch)
             else:
@@ -184,7 +147,7 @@ class Rollout:
             self._note(running, wins.reason, verdicts, epoch)
 
     def _judge_awaiting(self, running: RolloutRecord, so_far: Sequence[Verdict], errors: Sequence[Verdict], epoch: int) -> None:
-        verdicts = [*so_far, *(each for each in _stored(running) if each.name == "wins")]
+        verdicts = [*so_far, *(each for each in stored(running) if each.name == "wins")]
         if self._lasts(running.since_ms, self.settings.approval_days * DAY_MS):
             late = Verdict.failed("approval", f"nobody approved it within {self.settings.approval_days:g} days (rollout.approval_days)")
             self._stop(running, [*verdicts, late], epoch, [late])
@@ -193,47 +156,6 @@ class Rollout:
         else:
             won = next(each.reason for each in verdicts if each.name == "wins")
             self._note(running, f"{won}; waits for approval by a person: plaudit adapters promote {running.adapter[:16]}", verdicts, epoch)
-
-    def _step(self, running: RolloutRecord, larger: float) -> Verdict:
-        """Whether enough people, or enough time, have shown nothing wrong at this weight."""
-        settings, people = self.settings, self._watch.guards.people if self._watch else 0
-        taken = max(1, sum(weight <= running.weight for weight in settings.weights))
-        minutes = (self.registry.clock_ms() - _since(running)) / MINUTE_MS
-        needed = settings.step_people * taken
-        figures = (
-            f"step {taken} of {len(settings.weights)}, {running.weight:.0%} of people: {people} people in the smaller arm, "
-            f"needed >= {needed}, or {settings.step_days:g} days; {minutes:.0f} minutes, needed >= {settings.step_minutes:g}"
-        )
-        enough = people >= needed or minutes * MINUTE_MS >= settings.step_days * DAY_MS
-        if enough and minutes >= settings.step_minutes:
-            return Verdict.passed("step", f"{figures}; {larger:.0%} next")
-        return Verdict.inconclusive("step", figures)
-
-    def _data(self) -> list[Verdict]:
-        """An error where the archive has not heard for long what the log holds."""
-        if self.newest is None:
-            return []
-        stamp, since = self._awaited
-        if self.archive.as_of() >= stamp:
-            self._awaited = self.newest(), time.monotonic()
-        elif time.monotonic() - since > LATE_S:
-            return [Verdict.error("data", f"the archive is {LATE_S:g} s behind the log: nobody sees what happens; see the service's log")]
-        return []
-
-    def _replicas(self, running: RolloutRecord) -> list[Verdict]:
-        """An error where a living replica does not hold both arms; nobody is sent there then."""
-        lacking = arms(running.adapter, running.stable, running.id) - self.registry.held_everywhere()
-        if not lacking:
-            return []
-        names = ", ".join(sorted(lacking))
-        return [Verdict.error("replicas", f"not every replica holds {names}, so stable answers everybody; see the replica's log")]
-
-    def _guards(self, running: RolloutRecord) -> list[Verdict]:
-        if self._watch is None or self._watch.rollout != running.id:
-            guards = Guards(self.settings.guard_alpha, self._guardrails)
-            self._watch = Watch(self.archive, self.subjects, running.id, running.canary_ms or 0, guards)
-        self._watch.look()
-        return self._watch.guards.verdicts()
 
     # --- what follows from a look -----------------------------------------------------------------------------------
 
@@ -255,32 +177,19 @@ class Rollout:
 
     def _broken(self, running: RolloutRecord, exc: Exception, epoch: int) -> None:
         """A look that could not be finished."""
-        self._watch = None  # it may have taken in half of what it read
+        self.look.forget()
         said = exc.message if isinstance(exc, PlauditError) else f"{type(exc).__name__}: {exc}"
         error = Verdict.error("look", f"{said}; nothing was judged; see the controller's log")
         if (reason := f"cannot be judged: look: {error.reason}") != running.reason:  # a failure that lasts is told once
             log.error("rollout not judged", rollout=running.id, reason=reason, exc_info=None if isinstance(exc, PlauditError) else exc)
-        won = [each for each in _stored(running) if running.state == "awaiting" and each.name == "wins"]
-        self._wait(running, [*_gates(running), *won, error], [error], epoch)
+        won = [each for each in stored(running) if running.state == "awaiting" and each.name == "wins"]
+        self._wait(running, [*of_gates(running), *won, error], [error], epoch)
 
     def _stop(self, running: RolloutRecord, verdicts: Sequence[Verdict], epoch: int, because: Sequence[Verdict] = ()) -> None:
         """`because`: what ends it; without, everything that is no `pass`."""
         ending = because or [each for each in verdicts if each.verdict != "pass"]
         reason = "; ".join(f"{each.name}: {each.reason}" for each in ending)
         self.registry.end_rollout(running.id, reason, CONTROLLER, _rows(verdicts), epoch)
-
-
-def _stored(running: RolloutRecord) -> list[Verdict]:
-    return [Verdict.model_validate(row) for row in running.verdicts]
-
-
-def _gates(running: RolloutRecord) -> list[Verdict]:
-    return [each for each in _stored(running) if not each.name.startswith(LATER)]
-
-
-def _since(running: RolloutRecord) -> int:
-    """When it came to its weight; a version before this one did not say."""
-    return running.since_ms or running.canary_ms or running.started_ms
 
 
 def _rows(verdicts: Sequence[Verdict]) -> list[dict[str, JsonValue]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rollout_world import MARA, MakeAdapter, Ring, answer
 
-from deploy import rollout as module
+from deploy import look
 from deploy.config import EngineSettings, GateSettings, PolicySettings, RolloutSettings, WebhookSettings
 from deploy.guards import Guards
 from deploy.manifest import vllm_name
@@ -131,9 +131,9 @@ def wrong_sums(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def late(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
-    ring.rollout.newest = lambda: 1 << 62
+    ring.rollout.look.newest = lambda: 1 << 62
     ring.look()
-    monkeypatch.setattr(module, "LATE_S", -1.0)
+    monkeypatch.setattr(look, "LATE_S", -1.0)
 
 
 def lost(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
