@@ -177,6 +177,10 @@ def test_the_page_says_the_smallest_harm_that_the_canary_could_have_seen(card: C
     assert card.rollouts[0].guardrails[0][1] == GUARDRAILS[0].said(0.136)
 
 
+def test_a_card_goes_through_json_whole(card: Card) -> None:
+    assert Card.model_validate_json(card.model_dump_json()) == card
+
+
 def test_no_rater_is_named_and_no_small_cohort_stands_alone(card: Card) -> None:
     told = [card.model_dump_json(), page(card), model_card(card)]
     assert not any(secret in text for text in told for secret in ("s_secret", "family of Mara"))
