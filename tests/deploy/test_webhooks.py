@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import web
 from pydantic import SecretStr, ValidationError
@@ -275,5 +274,3 @@ def test_plain_http_must_be_meant_and_no_secret_is_shown(monkeypatch: pytest.Mon
     assert "webhooks.endpoints" in wrong.value.message and SECRET not in wrong.value.message
     monkeypatch.setenv("PLAUDIT__WEBHOOKS__ENDPOINTS", json.dumps([{"url": "https://x.example", "secrets": [SECRET]}]))
     assert SECRET not in load(Settings).model_dump_json()
-    defaults = aiohttp.ClientSession.__init__.__kwdefaults__ or {}
-    assert defaults["trust_env"] is False, "no proxy of the environment hears of it"
