@@ -35,8 +35,8 @@ from benchmarks.harms import HARMFUL, Scheme, honest, lines_of, settings_of
 from benchmarks.harness import FOLDER, ROOT, Report, quick
 from benchmarks.smollm2 import Asked, answers, win_rate
 from deploy.config import GateSettings
-from deploy.gate_facts import FactsKept
 from deploy.gates import Evaluation, Verdict, judge
+from deploy.gates.facts import FactsKept
 from examples import load
 from examples.base import Rater
 from examples.smollm2.tables import tables

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 from sqlalchemy import Engine
 
-from deploy import overrides, rollout
+from deploy import approval, overrides
 from deploy.config import RolloutSettings
 from deploy.manifest import Manifest
 from deploy.records import AdapterRecord, AliasMove, Attestation, Replica, RolloutRecord
@@ -151,7 +151,7 @@ def _register(desk: Desk, key: ApiKey, asked: NewAdapter) -> AdapterRecord:
 
 
 def _approve_adapter(desk: Desk, key: ApiKey, asked: OfAdapter) -> RolloutRecord:
-    return rollout.approve(desk.registry, desk.settings, asked.adapter, key)
+    return approval.approve(desk.registry, desk.settings, asked.adapter, key)
 
 
 def _override(desk: Desk, key: ApiKey, asked: Override) -> AdapterRecord:
@@ -170,12 +170,12 @@ def _rollout(desk: Desk, _key: ApiKey | None, asked: OfRollout) -> RolloutRecord
 
 def _approve(desk: Desk, key: ApiKey, asked: OfRollout) -> RolloutRecord:
     record = desk.registry.rollout(asked.rollout)
-    return rollout.approve(desk.registry, desk.settings, record.adapter, key, record.id)
+    return approval.approve(desk.registry, desk.settings, record.adapter, key, record.id)
 
 
 def _stop(desk: Desk, key: ApiKey, asked: Stop) -> RolloutRecord:
     reason = audit.reason(asked.reason)
-    return rollout.stop(desk.registry, reason, key, None if asked.rollout == RUNNING else asked.rollout)
+    return approval.stop(desk.registry, reason, key, None if asked.rollout == RUNNING else asked.rollout)
 
 
 def _aliases(desk: Desk, _key: ApiKey | None, asked: Last) -> Aliases:

@@ -17,11 +17,12 @@ from typing import Any
 
 from sqlalchemy import event, update
 
+from deploy.approval import approve
 from deploy.config import GateSettings, RolloutSettings
 from deploy.controller import Controller
 from deploy.engine import Scripted
 from deploy.registry import Registry
-from deploy.rollout import Rollout, approve
+from deploy.rollout import Rollout
 from deploy.tables import rollouts
 from feedback.config import FeedbackSettings, RegistrySettings, Settings
 from feedback.events import Event

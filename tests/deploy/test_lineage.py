@@ -14,7 +14,7 @@ import pytest
 from rollout_world import LEARNED, MARA, Ring
 from sqlalchemy import text
 
-from deploy import lineage, rollout
+from deploy import approval, lineage
 from deploy.config import ErasureSettings, RolloutSettings
 from deploy.manifest import ManifestFields, base_digests, write_adapter
 from deploy.votes import votes
@@ -118,7 +118,7 @@ def test_a_blocked_adapter_is_refused_by_name_wherever_it_stands(world: World) -
         "erasure: somebody whose ratings it learned from was erased; train again without them",
     )
     with pytest.raises(PromotionRefused, match=r"somebody whose ratings it learned from was erased"):
-        rollout.approve(world.registry, RolloutSettings(), on_canary, MARA)
+        approval.approve(world.registry, RolloutSettings(), on_canary, MARA)
     assert sorted(actions(world)) == sorted([("subject.erased", "anna"), ("adapter.blocked", candidate), ("adapter.blocked", on_canary)])
     assert world.erase("anna").done == {candidate: "blocked before", on_canary: "blocked before"}
     assert len(actions(world)) == 3
@@ -132,7 +132,7 @@ def test_a_canary_that_waits_for_approval_cannot_be_approved_any_more(world: Wor
     assert world.running().state == "awaiting"
     world.erase("anna")
     with pytest.raises(PromotionRefused, match="was erased"):
-        rollout.approve(world.registry, RolloutSettings(), adapter, MARA)
+        approval.approve(world.registry, RolloutSettings(), adapter, MARA)
 
 
 def promoted(world: World, digest: str, seed: int) -> str:
@@ -140,7 +140,7 @@ def promoted(world: World, digest: str, seed: int) -> str:
     world.look(3)
     world.compare(raters=24, votes=3)
     world.look()
-    rollout.approve(world.registry, RolloutSettings(), adapter, MARA)
+    approval.approve(world.registry, RolloutSettings(), adapter, MARA)
     return adapter
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rollout_world import MARA, SHUFFLED, TRAINER, MakeAdapter, Ring, answer
 
+from deploy.approval import approve, stop
 from deploy.config import GateSettings, RolloutSettings
 from deploy.controller import Controller
 from deploy.manifest import vllm_name
-from deploy.rollout import approve, stop
 from deploy.votes import votes
 from feedback import audit
 from feedback.errors import NotAllowed, NotFound, PromotionRefused

@@ -11,11 +11,12 @@ import pytest
 from rollout_world import MARA, MakeAdapter, Ring, answer
 
 from deploy import look
+from deploy.approval import approve
 from deploy.config import EngineSettings, GateSettings, PolicySettings, RolloutSettings, WebhookSettings
 from deploy.guards import Guards
 from deploy.manifest import vllm_name
 from deploy.registry import Registry
-from deploy.rollout import Rollout, approve
+from deploy.rollout import Rollout
 from feedback.config import FeedbackSettings, Settings
 from feedback.errors import ConfigError, Conflict, NotDurable, PromotionRefused
 from feedback.stores import open_stores

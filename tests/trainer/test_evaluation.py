@@ -11,7 +11,7 @@ from cycle_world import HELD_OUT
 from rating_world import rated_world
 from tiny_policy import make_tiny_policy
 
-from deploy.gate_topic import on_topic
+from deploy.gates.topic import on_topic
 from deploy.texts import repetition
 from feedback.errors import TrainingRefused
 from trainer.config import RewardModelSettings

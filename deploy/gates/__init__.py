@@ -1,7 +1,7 @@
 """What must an adapter show before it answers anybody? Every gate has a name, a figure, a threshold and a reason for its verdict.
 
-A gate is a small class in a file `gate_NAME.py` beside this one, listed there in `GATES`; adding one is that file and nothing else, because
-the files are found by their names. What it judges, the trainer measured and attested as `evaluation`; a gate whose figure is counted in
+A gate is a small class in a file beside this one, listed there in `GATES`; adding one is that file and nothing else, because all files are
+looked at. What it judges, the trainer measured and attested as `evaluation`; a gate whose figure is counted in
 answers brings the counting along (`Counted`), and the trainer applies it to everybody's answers.
 """
 
@@ -17,7 +17,6 @@ from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-import deploy
 from deploy.config import GateSettings
 from deploy.records import Attestation
 
@@ -261,8 +260,8 @@ class Counted:
 @cache
 def gates() -> tuple[Gate, ...]:
     """Every gate, in the order of the files' names."""
-    files = sorted(each.name for each in pkgutil.iter_modules(deploy.__path__) if each.name.startswith("gate_"))
-    return tuple(gate for name in files for gate in importlib.import_module(f"deploy.{name}").GATES)
+    files = sorted(each.name for each in pkgutil.iter_modules(__path__))
+    return tuple(gate for name in files for gate in importlib.import_module(f"{__name__}.{name}").GATES)
 
 
 def counts() -> dict[str, Callable[[str, str], float]]:
