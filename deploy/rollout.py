@@ -83,27 +83,20 @@ class Rollout:
         except Exception as exc:  # noqa: BLE001  the look's edge: it is shown as a verdict, and after `error_minutes` the rollout ends
             await asyncio.to_thread(self._broken, running, exc, epoch)
 
-    # --- gates ------------------------------------------------------------------------------------------------------
-
     async def _judge_gates(self, running: RolloutRecord, epoch: int) -> None:
-        name = vllm_name(running.adapter)
+        name, timeout_s = vllm_name(running.adapter), self.gates.probe_timeout_s
         erasure = withheld(self.registry.attestations(running.adapter, "erasure"))
-        if erasure.verdict != "pass":
-            self._stop(running, [erasure], epoch)
+        evaluation = read(self.registry.attestations(running.adapter, "evaluation")[-1])
+        if erasure.verdict != "pass" or isinstance(evaluation, Verdict):
+            self._stop(running, [each for each in (erasure, evaluation) if isinstance(each, Verdict)], epoch)
             return
         if not arms(running.adapter, running.stable, running.id) <= self.registry.held_everywhere():
-            if self.registry.clock_ms() - running.started_ms > 1000 * self.gates.probe_timeout_s:
-                verdict = Verdict.failed(
-                    "loads", f"no replica has loaded {name} within {self.gates.probe_timeout_s:g} s; see the replica's log"
-                )
-                self._stop(running, [verdict], epoch)
-            return
-        evaluation = read(self.registry.attestations(running.adapter, "evaluation")[-1])
-        if isinstance(evaluation, Verdict):
-            self._stop(running, [evaluation], epoch)
+            if self._lasts(running.started_ms, 1000 * timeout_s):
+                loads = Verdict.failed("loads", f"no replica has loaded {name} within {timeout_s:g} s; see the replica's log")
+                self._stop(running, [loads], epoch)
             return
         overrides = self.registry.attestations(running.adapter, "override")
-        answered = await answers(self.engine, name, self.gates.probe_timeout_s)
+        answered = await answers(self.engine, name, timeout_s)
         verdicts = [answered, *judge(evaluation, self.gates, overrides)]
         if all(verdict.verdict == "pass" for verdict in verdicts):
             self.registry.start_canary(running.id, self.settings.weights[0], _rows(verdicts), CONTROLLER, epoch)
@@ -111,8 +104,6 @@ class Rollout:
             self._wait(running, verdicts, [answered], epoch)
         else:
             self._stop(running, verdicts, epoch)
-
-    # --- canary -----------------------------------------------------------------------------------------------------
 
     def _judge_canary(self, running: RolloutRecord, epoch: int) -> None:
         guards = self.look.canary(running, self.settings.guard_alpha)
@@ -155,8 +146,6 @@ class Rollout:
         else:
             won = next(each.reason for each in verdicts if each.name == "wins")
             self._note(running, f"{won}; waits for approval by a person: plaudit adapters promote {running.adapter[:16]}", verdicts, epoch)
-
-    # --- what follows from a look -----------------------------------------------------------------------------------
 
     def _lasts(self, since_ms: int | None, limit_ms: float) -> bool:
         return since_ms is not None and self.registry.clock_ms() - since_ms > limit_ms
