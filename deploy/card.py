@@ -102,8 +102,20 @@ class View(Evidence):
     """Correlation of its scores with what can be counted in an answer."""
 
 
-class Control(View):
+class Control(Evidence):
+    """What reward models of the same ratings, shuffled, make of the candidate."""
+
+    gaps: tuple[float, ...]
+    """Its gain over base by each, in sd of base's answers: by chance above zero or below."""
     likelihood_gain: Gain | None = None
+    """Of the first: nats by which it foresees ratings of unseen prompts; None where that was not measured."""
+
+    @property
+    def words(self) -> str:
+        if not self.gaps:
+            return "nothing was shuffled"
+        mean = sum(self.gaps) / len(self.gaps)
+        return f"{mean:+.2f} sd over base in the mean of {len(self.gaps)} shuffles ({min(self.gaps):+.2f} to {max(self.gaps):+.2f})"
 
 
 class Cohort(Evidence):

@@ -108,9 +108,9 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{value:+.{digits}f}"
 
 
-def _within(found: Gain) -> str:
+def _within(found: Gain, digits: int = 2) -> str:
     """The interval of a mean, if it has one."""
-    return "" if found.low is None or found.high is None else f" ({found.low:+.2f} to {found.high:+.2f})"
+    return "" if found.low is None or found.high is None else f" ({signed(found.low, digits)} to {signed(found.high, digits)})"
 
 
 def _json(value: object) -> str:

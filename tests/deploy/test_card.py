@@ -64,7 +64,7 @@ EVALUATION: dict[str, Any] = {
             {"cohort": "simulated", "raters": 24, "ratings": 420, "pull": None, "without": None},
         ],
         "merged": 2,
-        "shuffled": VIEW | {"gap": GAIN | {"mean": 0.03}, "likelihood_gain": {"mean": -0.004, "low": -0.02, "high": 0.01, "n": 420}},
+        "shuffled": {"gaps": [-0.3, 0.5, 0.1], "likelihood_gain": {"mean": -0.004, "low": -0.02, "high": 0.01, "n": 420}},
     },
 }
 TRAINING: dict[str, Any] = {
@@ -165,7 +165,8 @@ def test_the_page_says_whose_preferences_these_are_and_what_changed(card: Card) 
     assert "72.0% right before, 71.5% after, surely no worse than -1.2 points (2200 items)" in words
     assert "+0.75 against stable (+0.50 to +1.10)" in words
     assert '<td>refusals</td> <td class="n">12.5 %</td><td class="n">50.0 %</td><td class="n">75.0 %</td>' in words
-    assert "foresees ratings of unseen prompts by -0.004 nats each (-0.02 to +0.01)" in words
+    assert "foresees ratings of unseen prompts by -0.004 nats each (-0.020 to +0.010)" in words
+    assert "By shuffled ratings this adapter gains +0.10 sd over base in the mean of 3 shuffles (-0.30 to +0.50)" in words
     assert "7 of 96 drawn at random" in words and "The 7 worst" in words
     assert "A person overrode: length" in words and "b" * 64 in words
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from deploy.card import SMALLEST_COHORT, Influence
 from trainer.config import RewardModelSettings
 from trainer.evaluation import Answers
-from trainer.influence import MOST_COHORTS, Refits, cohorts, influence
+from trainer.influence import MOST_COHORTS, SHUFFLES, Refits, cohorts, influence
 from trainer.labels import Answer, Choices, Labels, Thumbs
 from trainer.likelihood import A, B
 from trainer.reply import Reply
@@ -110,7 +110,9 @@ def test_shuffled_labels_foresee_nothing_and_a_shuffled_cycle_needs_no_control()
     draw = torch.Generator().manual_seed(0)
     held_out = answered(torch.randn(24, 24, generator=draw) * 3)
     fits = Refits(world.labels, LINEAR, "linear", 1.0, (held_out, held_out))
-    control = influence(fits, 4, shuffle=0)["shuffled"]["likelihood_gain"]
+    shuffled = influence(fits, 4, shuffle=0)["shuffled"]
+    control = shuffled["likelihood_gain"]
+    assert shuffled["gaps"] == [0.0] * SHUFFLES, "the same answers on both sides gain nothing by any reward model"
     real = fits.foresees(world.labels)
     assert real["low"] > 0.05 and control["low"] < 0.02 and control["mean"] < real["low"]
     assert influence(fits, 4, None)["shuffled"] is None
