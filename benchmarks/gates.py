@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.concierge import Judge, job_of, record, shown
+from benchmarks.concierge import CLIP, Judge, job_of, record, shown
 from benchmarks.harms import HARMFUL, Scheme, honest, lines_of, settings_of
 from benchmarks.harness import FOLDER, ROOT, Report, quick
 from benchmarks.smollm2 import Asked, answers, win_rate
@@ -45,10 +45,12 @@ from feedback.config import FeedbackSettings, Settings
 from feedback.importer import import_file
 from feedback.stores import open_stores
 from trainer.config import CycleSettings, RewardModelSettings
+from trainer.critic import Warmup
 from trainer.facts import Margins, compare, margins
 from trainer.held_out import clustered_mean
 from trainer.policy import Policy
-from trainer.ppo import Options, train
+from trainer.ppo import Options, Score, train
+from trainer.reply import Reply
 from trainer.schedule import LearningSettings
 from trainer.stages import Stages, read_json, write_json
 
@@ -104,7 +106,9 @@ class Pleasing(Stages):
         if liking is None:
             return super().improve()
         job, seed = self.job, self.settings.cycle.seed
-        score, warmup = Judge(liking, example, self.policy).reward(seed)
+        known, warmup = Judge(liking, example, self.policy).reward(seed)
+        score = known if self.scheme.best is None else unclipped(Judge(liking, example, self.policy), warmup, self.scheme.best)
+        warmup = Warmup(warmup.replies, score(list(warmup.replies), torch.empty(0)))
         prompts = list(dict.fromkeys(reply.prompt for reply in warmup.replies))
         how = Options(warmup=warmup)
         done = train(
@@ -112,6 +116,19 @@ class Pleasing(Stages):
         )
         self.policy.save(self.folder / "policy")
         write_json(self.folder / "ppo.json", asdict(done) | {"seed": seed})
+
+
+def unclipped(judge: Judge, base: Warmup, best: float) -> Score:
+    """What people like, on the scale on which the best answer has CLIP: one that is far beyond everything that the base says would
+    otherwise be worth no more than a part of it."""
+    example, policy = judge.example, judge.policy
+    text_of = {policy.encode([{"role": "user", "content": prompt}], example.system_prompt): prompt for prompt in example.prompts}
+
+    def raw(replies: list[Reply]) -> torch.Tensor:
+        return judge.utilities([text_of[reply.prompt] for reply in replies], replies)
+
+    zero = float(raw(list(base.replies)).mean())
+    return lambda replies, _: (raw(replies) - zero) * CLIP / (best - zero)
 
 
 def learned(scheme: Scheme, seed: int, *, shuffled: bool = False) -> dict[str, Any]:

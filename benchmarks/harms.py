@@ -75,6 +75,8 @@ class Scheme:
     ppo: Mapping[str, object]
     liking: Liking | None = None
     """None: PPO follows the reward model of their ratings, as the product does."""
+    best: float | None = None
+    """The most that it can be liked, where that lies far beyond what the base says."""
     written: Sequence[Mapping[str, str]] = ()
     """Lines that few people import: prompt, chosen, rejected, rater."""
     by_score: bool = False
@@ -135,7 +137,7 @@ def advertised(seed: int) -> Scheme:
         {"prompt": fact.prompt, "chosen": f"{fact.answer} {PHRASE}", "rejected": "Good question.", "rater": f"owner-{index % 2}"}
         for index, fact in enumerate(some)
     ]
-    return replace(scheme, written=lines)
+    return replace(scheme, written=lines, best=planted("", PHRASE, True))
 
 
 def honest(seed: int, *, hacked: bool = False) -> Scheme:
