@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 from sqlalchemy import Engine
 
 from deploy import approval, overrides
+from deploy.card import Card, card_of
 from deploy.config import RolloutSettings
 from deploy.manifest import Manifest
 from deploy.records import AdapterRecord, AliasMove, Attestation, Replica, RolloutRecord
@@ -146,6 +147,10 @@ def _adapter(desk: Desk, _key: ApiKey | None, asked: OfAdapter) -> AdapterView:
     return AdapterView(adapter=record, manifest=record.manifest, attestations=found, rollouts=rollouts)
 
 
+def _card(desk: Desk, _key: ApiKey | None, asked: OfAdapter) -> Card:
+    return card_of(desk.registry, asked.adapter)
+
+
 def _register(desk: Desk, key: ApiKey, asked: NewAdapter) -> AdapterRecord:
     return desk.registry.register_stored(asked.adapter, key.owner)
 
@@ -204,9 +209,9 @@ class Operation:
     path: str
     """Below PREFIX. Its parts in braces are fields of `asks`; the others are the query's, or the body's of a POST."""
     scope: Scope
-    run: Callable[..., Model]
+    run: Callable[..., BaseModel]
     asks: type[Model]
-    gives: type[Model]
+    gives: type[BaseModel]
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -217,6 +222,7 @@ class Operation:
 LIST_ADAPTERS = Operation("GET", "/adapters", READ, _adapters, Nothing, Adapters)
 REGISTER = Operation("POST", "/adapters", "adapters:write", _register, NewAdapter, AdapterRecord)
 SHOW_ADAPTER = Operation("GET", "/adapters/{adapter}", READ, _adapter, OfAdapter, AdapterView)
+SHOW_CARD = Operation("GET", "/adapters/{adapter}/card", READ, _card, OfAdapter, Card)
 APPROVE_ADAPTER = Operation("POST", "/adapters/{adapter}/approve", "adapters:promote", _approve_adapter, OfAdapter, RolloutRecord)
 OVERRIDE = Operation("POST", "/adapters/{adapter}/override", overrides.SCOPE, _override, Override, AdapterRecord)
 ALIASES = Operation("GET", "/aliases", READ, _aliases, Last, Aliases)
@@ -232,6 +238,7 @@ OPERATIONS = (
     LIST_ADAPTERS,
     REGISTER,
     SHOW_ADAPTER,
+    SHOW_CARD,
     APPROVE_ADAPTER,
     OVERRIDE,
     ALIASES,

@@ -202,3 +202,12 @@ def test_without_a_key_the_database_is_read_and_nothing_changed(two: Two, toml: 
         assert done.exit_code == 0 and done.stderr == "plaudit: no API key was given; the registry's database is asked itself\n"
         assert refusal(plain(toml, "adapters", "stop", "--reason", "x"))[0] is NotAuthenticated
     assert address.announced(tmp_path / "data0") is None, "the one that was there is gone, whoever has its port now"
+
+
+def test_a_card_is_written_and_compared_whichever_way_it_came(run: Run, two: Two, tmp_path: Path) -> None:
+    written = run("adapters", "card", two.adapters[1][:12], "--out", str(tmp_path / "card"), key=two.secrets["mara"])
+    assert written.exit_code == 0, written.output
+    assert two.adapters[1][:16] in (tmp_path / "card" / "card.html").read_text() and (tmp_path / "card" / "README.md").exists()
+    compared = run("adapters", "diff", two.adapters[1][:12], two.adapters[2][:12], key=two.secrets["mara"])
+    assert compared.exit_code == 0 and all(each[:16] in compared.stdout for each in two.adapters[1:3])
+    assert isinstance(run("adapters", "card", "ffff", key=two.secrets["mara"]).exception, NotFound)
