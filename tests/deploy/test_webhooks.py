@@ -108,7 +108,7 @@ class World:
         assert epoch is not None
         rollout = registry.begin_rollout(self.adapters[number], "controller", epoch).id
         registry.start_canary(rollout, 0.25, [], "controller", epoch)
-        registry.await_approval(rollout, [], "won", "controller", epoch)
+        registry.await_approval(rollout, [{"name": "wins", "verdict": "pass", "reason": "8 of 8"}], "won", "controller", epoch)
         registry.promote(rollout, "mara")
 
 
