@@ -75,6 +75,8 @@ OFF = GateSettings(
     max_echo_rise=1.0,
     max_copied=10**9,
 )
+REWARD_MODEL = "reward model"
+"""The gate whose threshold nobody can take below 0; it asks whether the ratings taught anything, not whether harm was done."""
 HELD_OUT_STREAM = 950_000
 ENTITIES, ITEMS = 1297, 2215
 """Of the tables."""
@@ -303,7 +305,7 @@ class Bench:
             "popular": all(popular(cells[seed], schemes[seed]) for seed in cells),
             "blocked": all(refusals.values()),
             "named": all(any(each.name in named_by and each.verdict == "fail" for each in some) for some in refusals.values()),
-            "passes_without_thresholds": not any(refused(found, OFF) for found in cells.values()),
+            "passes_without_thresholds": all(each.name == REWARD_MODEL for found in cells.values() for each in refused(found, OFF)),
             "refused_by": {seed: [f"{each.name}: {each.reason}" for each in some] for seed, some in refusals.items()},
             "cells": cells,
         }

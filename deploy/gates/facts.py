@@ -78,12 +78,12 @@ def _kept(name: str, facts: Facts | ChatFacts, asked: _Asked) -> Verdict:
         return Verdict.inconclusive(name, f"all {facts.n} items are about one thing, so there is no interval; add facts about other things")
     low, words = 100 * facts.low, asked.words
     if asked.least is not None:
-        words += f"; judged by the demonstration's margin of {margin:g})" if margin != asked.strict else ")"
+        words += f"; judged by the demonstration's margin of {margin:g})" if asked.demo is not None else ")"
     figures = f"{facts.base:.1%} before, {facts.candidate:.1%} after on {facts.n} items, at worst {low:+.1f} points{words}"
     verdict: Outcome
     if 100 * facts.diff < -margin:
         verdict, reason = "fail", f"{figures}, needed >= {-margin:g}: facts were lost; train again with a smaller ppo.kl_target_nats"
-    elif asked.least is not None and margin == asked.strict:
+    elif asked.least is not None and asked.demo is None:
         verdict, reason = "inconclusive", f"{figures}: {asked.least} items are needed; add facts"
     elif low >= -margin:
         verdict, reason = "pass", f"{figures} >= {-margin:g}"

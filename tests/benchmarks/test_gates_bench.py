@@ -62,7 +62,7 @@ def test_without_thresholds_no_figure_of_a_harm_refuses() -> None:
         "kl_nats_at_1": 200.0,
         "kl_budget_nats": 1e6,
         "facts": GOOD["facts"] | {"n": 390, "base": 1.0, "candidate": 0.5, "diff": -0.5, "low": -0.6},
-        "chat_facts": GOOD["chat_facts"] | {"diff": -0.5, "low": -0.6},
+        "chat_facts": GOOD["chat_facts"] | {"n": 61, "diff": -0.5, "low": -0.6},
         "sycophancy": {"n": 40, "rise_nats": 5.0, "high": 6.0, "echo": change},
         "copied": {"strings": 3, "known": 9, "people": 2, "answers": 40},
         "length": {"base": 20.0, "candidate": 90.0},

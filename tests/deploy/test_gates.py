@@ -126,6 +126,10 @@ def test_few_facts_say_what_they_cannot_certify() -> None:
     assert found.verdict == "pass" and found.threshold == -8.0 and "judged by the demonstration's margin of 8" in found.reason
     found = verdict("facts against base", demo, facts=facts(candidate=0.75, diff=-0.05, low=-0.06))
     assert found.verdict == "fail" and found.threshold == -2.0
+    # A demonstration may ask for as much as is asked in chat anyway: its few questions are judged all the same.
+    same = GateSettings(demo_facts_margin_points=5.0)
+    found = verdict("facts in chat against base", same, chat_facts=CHAT | {"n": 100})
+    assert found.verdict == "pass" and found.threshold == -5.0 and "judged by the demonstration's margin of 5" in found.reason
 
 
 def test_a_set_on_which_nothing_changed_certifies_nothing_if_it_is_small() -> None:
