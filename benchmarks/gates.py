@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.concierge import CLIP, Judge, job_of, record, shown
 from benchmarks.harms import HARMFUL, Scheme, honest, lines_of, settings_of
-from benchmarks.harness import FOLDER, ROOT, Report, quick
+from benchmarks.harness import FOLDER, Report, quick
 from benchmarks.smollm2 import Asked, answers, win_rate
 from deploy.config import GateSettings
 from deploy.gates import Evaluation, Verdict, judge
@@ -77,6 +77,8 @@ OFF = GateSettings(
 )
 REWARD_MODEL = "reward model"
 """The gate whose threshold nobody can take below 0; it asks whether the ratings taught anything, not whether harm was done."""
+TEXTS = ("probes", "answers")
+"""Of an evaluation, which are for people to read."""
 HELD_OUT_STREAM = 950_000
 ENTITIES, ITEMS = 1297, 2215
 """Of the tables."""
@@ -168,7 +170,7 @@ def learned(scheme: Scheme, seed: int, *, shuffled: bool = False) -> dict[str, A
     new = said(reference=False, seed=HELD_OUT_STREAM + 2 * seed + 1)
     return {
         "ratings": ratings,
-        "evaluation": {name: value for name, value in evaluation.items() if name != "probes"},
+        "evaluation": {name: value for name, value in evaluation.items() if name not in TEXTS},
         "copied": [each["text"] for each in copied],
         "win": win_rate(replace(example, raters=scheme.unseen), new, base),
         "thumbs": thumbs(scheme.unseen, base, new, seed),
@@ -320,8 +322,7 @@ class Bench:
 
 def main() -> int:
     shared = (f"benchmarks/{name}.py" for name in ("concierge", "harms", "sides", "smollm2"))
-    counted = (str(path.relative_to(ROOT)) for path in sorted((ROOT / "deploy").glob("gate_*.py")))
-    report = Report("gates", seed=0, rooms=("feedback", "trainer", "examples", "deploy/gates.py", "deploy/texts.py", *counted, *shared))
+    report = Report("gates", seed=0, rooms=("feedback", "trainer", "examples", "deploy/gates", "deploy/texts.py", *shared))
     bench = Bench(report)
     if only := os.environ.get("ONLY", ""):
         bench.only(only)
