@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from deploy.gates import Change, Evaluation, Evidence, Gain, Verdict, withheld
 from deploy.guards import GUARDRAILS
+from deploy.look import of_gates
 from deploy.manifest import Manifest
 from deploy.records import AdapterRecord, RolloutRecord
 from deploy.registry import Registry
@@ -192,7 +193,7 @@ class Way(Evidence):
 
     @property
     def gates(self) -> list[Verdict]:
-        return [each for each in self.verdicts if not each.name.startswith(("guardrail ", "wins"))]
+        return of_gates(self.verdicts)
 
     @property
     def guardrails(self) -> list[tuple[Verdict, str]]:

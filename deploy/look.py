@@ -21,7 +21,7 @@ MINUTE_MS = 60_000
 DAY_MS = 24 * 60 * MINUTE_MS
 LATE_S = 30.0
 """The archive may lag behind the log by so much."""
-LATER = ("wins", "guardrail ", "step", "data", "replicas", "look")
+LATER = ("wins", "guardrail ", "step", "data", "replicas", "look", "approval")
 """Verdicts on a canary begin so; the others are its gates', and stay."""
 
 
@@ -114,6 +114,6 @@ def stored(running: RolloutRecord) -> list[Verdict]:
     return [Verdict.model_validate(row) for row in running.verdicts]
 
 
-def of_gates(running: RolloutRecord) -> list[Verdict]:
-    """What its gates said."""
-    return [each for each in stored(running) if not each.name.startswith(LATER)]
+def of_gates(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """What a rollout's gates said, of all its verdicts."""
+    return [each for each in verdicts if not each.name.startswith(LATER)]

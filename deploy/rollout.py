@@ -107,7 +107,7 @@ class Rollout:
 
     def _judge_canary(self, running: RolloutRecord, epoch: int) -> None:
         guards = self.look.canary(running, self.settings.guard_alpha)
-        so_far = [*of_gates(running), *guards]
+        so_far = [*of_gates(stored(running)), *guards]
         errors = [each for each in guards if each.verdict == "error"]
         if any(each.verdict == "fail" for each in guards):
             self._stop(running, so_far, epoch, [each for each in guards if each.verdict in ("fail", "error")])
@@ -171,7 +171,7 @@ class Rollout:
         if (reason := f"cannot be judged: look: {error.reason}") != running.reason:  # a failure that lasts is told once
             log.error("rollout not judged", rollout=running.id, reason=reason, exc_info=None if isinstance(exc, PlauditError) else exc)
         won = [each for each in stored(running) if running.state == "awaiting" and each.name == "wins"]
-        self._wait(running, [*of_gates(running), *won, error], [error], epoch)
+        self._wait(running, [*of_gates(stored(running)), *won, error], [error], epoch)
 
     def _stop(self, running: RolloutRecord, verdicts: Sequence[Verdict], epoch: int, because: Sequence[Verdict] = ()) -> None:
         """`because`: what ends it; without, everything that is no `pass`."""

@@ -91,6 +91,7 @@ TRAINING: dict[str, Any] = {
 GUARD = Verdict(name="guardrail errors", verdict="pass", value=-0.04, comparison="<", threshold=0.01, reason="fine", detectable=0.136)
 BLIND = Verdict(name="guardrail longer", verdict="inconclusive", reason="3 people in the smaller arm, at least 10 are needed")
 GATE = Verdict(name="length", verdict="pass", reason="overridden by mara: people want it", overridden="fail")
+LOOKED = [Verdict.error(name, "it was not there") for name in ("data", "replicas", "look", "approval")]
 
 
 @pytest.fixture
@@ -136,7 +137,8 @@ def card(registry: Registry, trained: Callable[..., str], tmp_path: Path, tiny_p
     epoch = registry.lease("controller", "test", 60.0)
     assert epoch is not None
     rollout = registry.begin_rollout(adapter, "controller", epoch)
-    rows = [each.model_dump(mode="json") for each in (GATE, GUARD, BLIND, Verdict.inconclusive("wins", "the canary wins 61.0%"))]
+    open_ones = [Verdict.inconclusive("wins", "the canary wins 61.0%"), Verdict.inconclusive("step", "step 1 of 3")]
+    rows = [each.model_dump(mode="json") for each in (GATE, GUARD, BLIND, *open_ones, *LOOKED)]
     registry.start_canary(rollout.id, 0.1, rows, "controller", epoch)
     registry.attest(adapter, "override", {"gate": "length", "reason": "people want it"}, "mara")
     return card_of(registry, adapter)
@@ -176,6 +178,11 @@ def test_the_page_says_the_smallest_harm_that_the_canary_could_have_seen(card: C
     assert '<td>errors</td><td class="pass">pass</td><td class="n">+13.6 points</td><td>fine</td>' in words
     assert '<td>longer</td><td class="inconclusive">inconclusive</td><td class="n">none</td>' in words
     assert card.rollouts[0].guardrails[0][1] == GUARDRAILS[0].said(0.136)
+
+
+def test_what_a_look_at_the_canary_found_is_no_gate(card: Card) -> None:
+    # The verdicts of a rollout are its gates', its guardrails', and what each look found: step, data, replicas.
+    assert card.rollouts[0].gates == [GATE]
 
 
 def test_a_card_goes_through_json_whole(card: Card) -> None:
