@@ -95,7 +95,8 @@ class Webhooks:
 
     def __init__(self, deliveries: Deliveries, settings: WebhookSettings) -> None:
         self._deliveries, self._settings = deliveries, settings
-        self._holder = f"{socket.gethostname()}/{os.getpid()}/{id(self)}"
+        # Two names of 63 characters may begin alike; with process and object they are still two, and fit the lease's column.
+        self._holder = f"{socket.gethostname()[:40]}/{os.getpid()}/{id(self)}"
 
     async def run(self) -> None:
         """Until cancelled. Each endpoint by itself, so that one that is slow or away delays no other."""
@@ -152,8 +153,11 @@ class Webhooks:
                 return None if 200 <= reply.status < 300 else f"it answered {reply.status}"
         except TimeoutError:
             return f"no answer within {self._settings.timeout_s:g} s"
-        except (aiohttp.ClientError, OSError) as exc:
+        except OSError as exc:
             return str(exc)
+        except aiohttp.ClientError as exc:
+            # Not its own words: they hold the whole URL, whose path may be a secret, and what the other side sent.
+            return f"no reply that can be read ({type(exc).__name__})"
 
 
 def body_of(move: AliasMove) -> bytes:

@@ -210,6 +210,25 @@ def test_what_is_not_taken_is_given_up_with_a_record_and_the_next_goes_on(world:
     assert row["subject"] == receiver.seen[0][0]["webhook-id"] and audit.verify(world.engine)[1] is None
 
 
+def test_what_cannot_be_read_does_not_bring_the_secret_path_into_the_audit(world: World) -> None:
+    async def play() -> None:
+        async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readline()
+            writer.write(b"no HTTP at all\r\n\r\n")
+            writer.close()
+
+        server = await asyncio.start_server(babble, "127.0.0.1", 0)
+        receiver = Receiver(url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hook/s3cr3t?tenant=t")
+        async with server, world.sending(receiver, tries=1):
+            await asyncio.to_thread(world.promote, 1)
+            await until(lambda: any(row["action"] == webhooks.GIVEN_UP for row in audit.read(world.engine)))
+
+    asyncio.run(play())
+    (told, *_) = [row["reason"] for row in audit.read(world.engine) if row["action"] == webhooks.GIVEN_UP]
+    assert "did not take the move of 'canary' in 1 tries: no reply that can be read (ClientResponseError)" in told
+    assert "s3cr3t" not in told and "tenant" not in told
+
+
 def test_of_several_processes_one_sends(world: World) -> None:
     receiver = Receiver()
 
