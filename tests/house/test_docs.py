@@ -13,6 +13,8 @@ from typer.main import get_command
 
 import plaudit
 from commands.settings import Settings
+from deploy.gates import gates
+from deploy.guards import GUARDRAILS, SAMPLE_RATIO
 from feedback import events
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +58,11 @@ def test_every_setting_is_documented_as_the_code_has_it(section: str, model: typ
 def test_every_event_is_documented() -> None:
     kinds = {value for kind in get_args(events.Event) for value in get_args(kind.model_fields["type"].annotation)}
     assert {kind for kind in kinds if f"`{kind}`" not in DOCS} == set()
+
+
+def test_every_gate_and_guardrail_is_documented() -> None:
+    names = [*(gate.name for gate in gates()), *(each.name for each in GUARDRAILS), SAMPLE_RATIO]
+    assert [name for name in names if f"`{name}`" not in DOCS] == []
 
 
 def test_every_command_is_documented() -> None:
