@@ -17,6 +17,14 @@ def _most(found: Evaluation, settings: GateSettings) -> float:
     return min(found.kl_budget_nats, settings.max_kl_budget_nats) * settings.kl_slack
 
 
+def _compared(name: str, kl: float, most: float, where: str, which: str) -> Verdict:
+    inside = kl <= most
+    reason = f"{kl:.2f} nats an answer from base{where} {'<=' if inside else '>'} {most:.2f}{which}"
+    if not inside:
+        reason += "; train again with a smaller ppo.kl_target_nats"
+    return Verdict(name=name, verdict="pass" if inside else "fail", value=kl, comparison="<=", threshold=most, reason=reason)
+
+
 @dataclass(frozen=True)
 class KlBudget:
     """How far did the policy move from base? Beyond the budget the reward model knows nothing."""
@@ -33,19 +41,10 @@ class KlBudget:
         if not (math.isfinite(kl) and most > 0):
             told = f"KL {found.kl_nats} of a budget of {found.kl_budget_nats} nats cannot be judged; evaluate again"
             return Verdict.error(self.name, told)
-        inside = kl <= most
-        which = (
-            "" if whole is None else f" ({whole:.2f} of the {found.finished_replies} that ended by themselves, {found.kl_nats:.2f} of all)"
-        )
-        figures = f"{kl:.2f} nats an answer from base {'<=' if inside else '>'} {most:.2f}{which}"
-        return Verdict(
-            name=self.name,
-            verdict="pass" if inside else "fail",
-            value=kl,
-            comparison="<=",
-            threshold=most,
-            reason=figures if inside else f"{figures}; train again with a smaller ppo.kl_target_nats",
-        )
+        which = ""
+        if whole is not None:
+            which = f" ({whole:.2f} of the {found.finished_replies} that ended by themselves, {found.kl_nats:.2f} of all)"
+        return _compared(self.name, kl, most, "", which)
 
 
 @dataclass(frozen=True)
@@ -60,16 +59,7 @@ class KlAtOne:
         kl, most = found.kl_nats_at_1, _most(found, settings)
         if not (math.isfinite(kl) and most > 0):
             return Verdict.error(self.name, f"KL {kl} of a budget of {found.kl_budget_nats} nats cannot be judged; evaluate again")
-        inside = kl <= most
-        figures = f"{kl:.2f} nats an answer from base at temperature 1 {'<=' if inside else '>'} {most:.2f}"
-        return Verdict(
-            name=self.name,
-            verdict="pass" if inside else "fail",
-            value=kl,
-            comparison="<=",
-            threshold=most,
-            reason=figures if inside else f"{figures}; train again with a smaller ppo.kl_target_nats",
-        )
+        return _compared(self.name, kl, most, " at temperature 1", "")
 
 
 GATES = (KlBudget(), KlAtOne())
