@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import ipaddress
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -62,9 +63,12 @@ def announcing(data_dir: Path, host: str, port: int) -> Iterator[None]:
 
 def announced(data_dir: Path) -> str | None:
     """Where the gateway that runs on this data folder answers; None where none runs. Whatever took over the port of one that is gone never
-    gets a key."""
+    gets a key, nor does an address that somebody else has put there."""
     try:
-        with (data_dir / FILE).open() as file:
+        with os.fdopen(os.open(data_dir / FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
+            told, folder = os.fstat(file.fileno()), data_dir.stat()
+            if told.st_uid not in (os.geteuid(), folder.st_uid) or (told.st_mode | folder.st_mode) & stat.S_IWOTH:
+                return None
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -204,6 +204,19 @@ def test_without_a_key_the_database_is_read_and_nothing_changed(two: Two, toml: 
     assert address.announced(tmp_path / "data0") is None, "the one that was there is gone, whoever has its port now"
 
 
+def test_an_address_that_anybody_could_have_written_gets_no_key(tmp_path: Path) -> None:
+    with address.announcing(tmp_path, "127.0.0.1", 1):
+        assert address.announced(tmp_path) == "http://127.0.0.1:1"
+        for path in (tmp_path / address.FILE, tmp_path):
+            before = path.stat().st_mode
+            path.chmod(before | 0o002)
+            assert address.announced(tmp_path) is None
+            path.chmod(before)
+        (tmp_path / address.FILE).rename(tmp_path / "elsewhere")
+        (tmp_path / address.FILE).symlink_to(tmp_path / "elsewhere")
+        assert address.announced(tmp_path) is None
+
+
 def test_a_card_is_written_and_compared_whichever_way_it_came(run: Run, two: Two, tmp_path: Path) -> None:
     written = run("adapters", "card", two.adapters[1][:12], "--out", str(tmp_path / "card"), key=two.secrets["mara"])
     assert written.exit_code == 0, written.output
