@@ -31,6 +31,8 @@ class Watch:
         self._seen: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
         self._thumbed: set[str] = set()
         self._withdrawn: set[str] = set()
+        self._erased: dict[str, int] = {}
+        """Subjects that were forgotten, with the stamp of that erasure."""
 
     def look(self) -> None:
         """Take in what has happened since."""
@@ -38,7 +40,10 @@ class Watch:
         for kind in KINDS:
             for event in self._new(kind):
                 self._take(event)
-        self.guards.forget(self.archive.erasures())
+        erased = self.archive.erasures()
+        # Each erasure once: who came back afterwards would otherwise enter as somebody new at every look.
+        self.guards.forget(person for person, stamp in erased.items() if self._erased.get(person) != stamp)
+        self._erased = erased
 
     def _new(self, kind: str) -> Iterator[Event]:
         """Events not seen before, oldest first; `_seen` remembers as many as could still come late."""

@@ -139,3 +139,14 @@ def test_who_was_erased_is_not_read_again(stores: Stores) -> None:
     watched.look()
     assert "c3" not in repr(vars(watched.guards))
     assert "11 in the canary and 12 in the baseline" in reasons(watch(stores))["sample ratio"]
+
+
+def test_who_was_erased_and_came_back_is_one_person(stores: Stores) -> None:
+    happened(stores, SubjectErased(event_id=new_id(), subject="c0"))
+    watched = watch(stores)
+    watched.look()
+    for turn in range(30):
+        happened(stores, *answered(stores, "c0", "canary"), *answered(stores, f"b{turn}", "baseline"))
+        watched.look()
+    found = reasons(watched)
+    assert "1 in the canary and 30 in the baseline" in found["sample ratio"] and ": 1 people in the smaller arm" in found["errors"]
