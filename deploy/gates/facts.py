@@ -39,7 +39,7 @@ class FactsKept:
             words = f", margins {facts.margin_change_nats:+.2f} nats" + words
         if few or (low_high := _outside(facts)) is None:
             return _kept(self.name, facts, _Asked(strict, demo, settings.min_facts if few else None, words))
-        reason = f"base is right on {facts.base:.1%} of {facts.n} items, needed {low_high}; choose other distractors or questions"
+        reason = f"{self.against} is right on {facts.base:.1%} of {facts.n} items, needed {low_high}; choose other distractors or questions"
         return Verdict.inconclusive(self.name, reason)
 
 
@@ -73,6 +73,8 @@ class _Asked:
 
 
 def _kept(name: str, facts: Facts | ChatFacts, asked: _Asked) -> Verdict:
+    if not all(map(math.isfinite, (facts.base, facts.candidate, facts.diff, 0.0 if facts.low is None else facts.low))):
+        return Verdict.error(name, f"a difference of {facts.diff} with a lower bound of {facts.low} cannot be judged; evaluate again")
     margin = asked.strict if asked.least is None or asked.demo is None else asked.demo
     if facts.low is None:
         return Verdict.inconclusive(name, f"all {facts.n} items are about one thing, so there is no interval; add facts about other things")

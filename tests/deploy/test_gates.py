@@ -55,6 +55,7 @@ def test_a_good_candidate_passes_every_gate() -> None:
         ("facts against base", {"facts": None}, "error", "give the trainer a facts file"),
         ("facts against base", {"facts": facts(candidate=0.75, diff=-0.05, low=-0.06)}, "fail", "facts were lost"),
         ("facts against base", {"facts": facts(low=None)}, "inconclusive", "about one thing, so there is no interval"),
+        ("facts against base", {"facts": facts(low=float("nan"))}, "error", "cannot be judged; evaluate again"),
         ("facts against base", {"facts": facts(base=0.95)}, "inconclusive", "base is right on 95.0% of 3000 items, needed 60% to 90%"),
         ("facts against stable", {"facts_stable": facts(candidate=0.75, diff=-0.05, low=-0.06)}, "fail", "facts were lost"),
         ("facts in chat against base", {"chat_facts": CHAT | {"diff": -0.06, "low": -0.09}}, "fail", "needed >= -5"),
