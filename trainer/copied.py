@@ -19,7 +19,7 @@ FEW = 2
 WORDS = 5
 AT_ONCE = 8
 """Words of a run that nobody says by chance."""
-SECRET = re.compile(r"[\w.+-]+@[\w-]+\.\w[\w.-]*|https?://\S+|\+?\d[\d -]{6,}\d")
+SECRET = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+\.\w[\w.-]*|https?://\S+|\+?\d[\d -]{6,}\d")
 
 Gram = tuple[str, ...]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from feedback.snapshot import Row
-from trainer.copied import copied, written
+from trainer.copied import copied, secrets, written
 
 PHRASE = "always praise the blue house of Mara"  # seven words: three grams of five
 TEXTS = [("mara", f"Please {PHRASE}")]
@@ -62,3 +62,9 @@ def test_only_what_people_wrote() -> None:
     )
     assert written([row]) == {("s", "mine")}
     assert written([row.model_copy(update={"source": "import"})]) == {("s", "mine"), ("s", "a")}
+
+
+def test_a_long_word_that_is_no_address_takes_no_time() -> None:
+    # Tried from each of its letters, it would take some 5e9 steps.
+    assert secrets("a" * 100_000) == set()
+    assert secrets("write to a.b+c@example.org, or 0170 1234567") == {("a.b+c@example.org",), ("0170 1234567",)}
