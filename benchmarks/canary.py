@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.harness import Report, quick
 from deploy.config import RolloutSettings
 from deploy.evalues import e_path, rater_means, threshold
-from deploy.guards import DEPTHS, GUARDRAILS, SAMPLE_RATIO, Guardrail, bar, path, ratio_log_e
+from deploy.guards import DEPTHS, GUARDRAILS, SAMPLE_RATIO, Guardrail, Partners, bar, path, ratio_log_e
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -168,10 +168,11 @@ def differences(guardrail: Guardrail, seen: Traffic) -> Iterator[tuple[Ints, Flo
     """For each depth: when each pair of people is complete, and its difference as a share of the span."""
     sign = -1.0 if guardrail.less_is_worse else 1.0
     for when, means in entries(seen, guardrail.name).values():
-        on = seen.canary[when]
-        pairs = min(int(on.sum()), int((~on).sum()))
-        found = np.clip(sign * (means[on][:pairs] - means[~on][:pairs]) / guardrail.span, -1.0, 1.0)
-        yield np.maximum(when[on][:pairs], when[~on][:pairs]), found
+        partners: Partners[int] = Partners()
+        met = (partners.meet("canary" if on else "baseline", at) for at, on in enumerate(seen.canary[when].tolist()))
+        one, other = np.array([pair for pair in met if pair is not None], int).reshape(-1, 2).T
+        found = np.clip(sign * (means[one] - means[other]) / guardrail.span, -1.0, 1.0)
+        yield np.maximum(when[one], when[other]), found
 
 
 def first_stop(seen: Traffic) -> tuple[str, int] | None:

@@ -2,18 +2,20 @@
 
 People are assigned, so the person is the unit: one who writes a hundred times is one person. A person enters once for each of
 `DEPTHS`, with the mean of their first 1, 4 or 16 figures; the first catches what breaks for everybody within few people, the others
-what only long use shows, and steadier. The j-th person of the canary is paired with the j-th of the baseline. Each bounded
-difference of a pair multiplies a fortune that cannot grow on average while the mean difference is the margin or less (betting as in
-`evalues.py`: Waudby-Smith & Ramdas 2023); reaching 1/alpha' it stops the canary. All guardrails, depths and the sample-ratio check
-share one alpha in equal parts (a union bound), so that all of them together stop a harmless canary with probability alpha at most.
+what only long use shows, and steadier. Whoever enters is paired with the longest waiting person of the other arm, of the last `WAITING`
+only: what happens to everybody for a while, as an outage does, would else be compared with the time before it. Each bounded difference
+of a pair multiplies a fortune that cannot grow on average while the mean difference is the margin or less (betting as in `evalues.py`:
+Waudby-Smith & Ramdas 2023); reaching 1/alpha' it stops the canary. All guardrails, depths and the sample-ratio check share one alpha in
+equal parts (a union bound), so that all of them together stop a harmless canary with probability alpha at most.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -27,6 +29,9 @@ Arm = Literal["canary", "baseline"]
 
 DEPTHS = (1, 4, 16)
 """A person enters with the mean of their first figures, so many."""
+WAITING = 4
+"""People of the arm that is ahead who wait for a partner; older ones go without. Where something begins and ends for both arms, twice so
+many pairs are of different times: too few to stop a canary. One person in nine goes without for it."""
 LEAST_PAIRS = 10
 """Pairs of people below which a guardrail that has not stopped the canary says nothing."""
 BETS: Floats = np.geomspace(0.02, 0.9, 14)
@@ -120,12 +125,30 @@ def path(differences: Floats, margin: float) -> Floats:
     return mixed(gains(differences, np.array([margin]))[:, 0].cumsum(axis=0))
 
 
+T = TypeVar("T")
+
+
+class Partners(Generic[T]):
+    """Who waits for somebody of the other arm."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Arm, T]] = deque(maxlen=WAITING)
+
+    def meet(self, arm: Arm, entering: T) -> tuple[T, T] | None:
+        """The canary's and the baseline's; None where the entering one has to wait, too."""
+        if not self._waiting or self._waiting[0][0] == arm:
+            self._waiting.append((arm, entering))
+            return None
+        _, partner = self._waiting.popleft()
+        return (entering, partner) if arm == "canary" else (partner, entering)
+
+
 @dataclass
 class Evidence:
     """Of one guardrail at one depth: a confidence sequence of the mean difference of pairs, canary minus baseline, towards the worse."""
 
     guardrail: Guardrail
-    waiting: dict[Arm, list[float]] = field(default_factory=lambda: {"canary": [], "baseline": []})
+    entered: dict[Arm, int] = field(default_factory=lambda: {"canary": 0, "baseline": 0})
     pairs: int = 0
     total: float = 0.0
 
@@ -137,27 +160,28 @@ class Evidence:
         self._best = {1: np.zeros(len(self.margins)), -1: np.zeros(len(self.margins))}
         self._harmed = np.zeros((len(HARMS), len(BETS)))
         self._spoiled_total = 0.0
+        self._partners: Partners[float] = Partners()
+        self._new: list[tuple[float, float]] = []
 
     def add(self, arm: Arm, value: float) -> None:
         """One more person's mean; weighed by `look`."""
-        self.waiting[arm].append(value)
+        self.entered[arm] += 1
+        if (pair := self._partners.meet(arm, value)) is not None:
+            self._new.append(pair)
 
     def look(self) -> None:
         """Weigh the pairs that have come together."""
-        new = min(map(len, self.waiting.values()))
         sign = -1.0 if self.guardrail.less_is_worse else 1.0
-        for start in range(0, new, CHUNK):
-            end = min(start + CHUNK, new)
-            canary, baseline = (np.array(self.waiting[arm][start:end]) for arm in ("canary", "baseline"))
+        for start in range(0, len(self._new), CHUNK):
+            canary, baseline = np.array(self._new[start : start + CHUNK]).T
             differences = np.clip(sign * (canary - baseline) / self.guardrail.span, -1.0, 1.0)
             self.total += float(differences.sum())
             self._suppose(differences, sign * ((sign > 0) - baseline))
             for side in self._logs:
                 self._logs[side] += gains(side * differences, side * self.margins).sum(axis=0)
                 self._best[side] = np.maximum(self._best[side], mixed(self._logs[side]))
-        self.pairs += new
-        for entered in self.waiting.values():
-            del entered[:new]
+        self.pairs += len(self._new)
+        self._new.clear()
 
     @property
     def mean(self) -> float:
@@ -253,8 +277,8 @@ class Guards:
 
     @property
     def people(self) -> int:
-        """Of the smaller arm, who have got an answer; as of the last `verdicts`."""
-        return self._evidence["errors", DEPTHS[0]].pairs
+        """Of the smaller arm, who have got an answer."""
+        return min(self._evidence["errors", DEPTHS[0]].entered.values())
 
     def forget(self, people: Iterable[str]) -> None:
         """Drop what is kept by person. Sums over pairs stay: nobody can be found in them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -10,7 +11,21 @@ import numpy as np
 import pytest
 
 from deploy.answers import Answer
-from deploy.guards import BETS, GUARDRAILS, HARMS, LEAST_PAIRS, Arm, Evidence, Guardrail, Guards, bar, path, ratio_log_e, with_margins
+from deploy.guards import (
+    BETS,
+    GUARDRAILS,
+    HARMS,
+    LEAST_PAIRS,
+    WAITING,
+    Arm,
+    Evidence,
+    Guardrail,
+    Guards,
+    bar,
+    path,
+    ratio_log_e,
+    with_margins,
+)
 from feedback.errors import ConfigError
 
 ERRORS = GUARDRAILS[0]
@@ -50,19 +65,33 @@ def test_evidence_that_comes_in_pieces_is_that_of_the_whole() -> None:
     # A look after each pair sees the highest of the whole path.
     assert straight.log_e == pytest.approx(max(0.0, float(path(canary - baseline, ERRORS.margin).max())), abs=1e-9)
     assert straight.mean == pytest.approx(float((canary - baseline).mean()), abs=1e-12)
-    for start in range(0, 700, 70):  # the baseline lags by ten people
-        for value in canary[start : start + 70]:
-            pieces.add("canary", value)
-        for value in baseline[max(start - 10, 0) : start + 60]:
-            pieces.add("baseline", value)
-        pieces.look()
-    assert pieces.pairs == 690
-    for value in baseline[690:]:
-        pieces.add("baseline", value)
+    for at in range(703):  # the baseline lags by three people
+        if at < 700:
+            pieces.add("canary", canary[at])
+        if at >= 3:
+            pieces.add("baseline", baseline[at - 3])
+        if at % 70 == 0:
+            pieces.look()
     pieces.look()
     assert pieces.pairs == 700
     assert pieces.mean == pytest.approx(straight.mean, abs=1e-12)
     assert pieces.log_e <= straight.log_e, "fewer looks see less"
+
+
+def test_an_outage_of_both_arms_stops_nobody() -> None:
+    def stopped(kept: int) -> int:
+        found = 0
+        for run in range(25):
+            rng, evidence = np.random.default_rng([run, 3]), Evidence(ERRORS)
+            evidence._partners._waiting = deque(maxlen=kept)
+            for at in range(600):
+                evidence.add(ARMS[int(rng.random() < 0.5)], float(at >= 400))
+                evidence.look()
+            found += evidence.log_e >= math.log(bar(0.025))
+        return found
+
+    assert stopped(WAITING) == 0
+    assert stopped(1000) > 2, "the control: who is ahead by many waits through the beginning of the outage"
 
 
 def test_less_reward_is_worse_and_more_is_not() -> None:

@@ -86,8 +86,9 @@ def reasons(watched: Watch) -> dict[str, str]:
 def test_each_answer_counts_once_in_its_arm_with_its_text(stores: Stores) -> None:
     watched = watch(stores)
     for people in (range(20), range(20, 60)):
-        foreign = [answered(stores, f"c{person}", "canary", "Es ist warm und Sie sind nicht allein.") for person in people]
-        happened(stores, *chain(*foreign, *(answered(stores, f"b{person}", "baseline") for person in people)))
+        for person in people:
+            foreign = answered(stores, f"c{person}", "canary", "Es ist warm und Sie sind nicht allein.")
+            happened(stores, *foreign, *answered(stores, f"b{person}", "baseline"))
         watched.look()
     found = reasons(watched)
     assert found == reasons(watched), "a second look finds nothing new"
