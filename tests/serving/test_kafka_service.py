@@ -131,9 +131,10 @@ def test_without_java_and_maven_it_says_so(tmp_path: Path, monkeypatch: pytest.M
     assert code == 2 and errors.startswith("plaudit: Kafka cannot run here: java and mvn not found") and len(errors.splitlines()) == 1
     tests = tmp_path / "test_it.py"
     tests.write_text("def test_it(kafka):\n    pass\n")
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", str(root / "tests"))  # beside its conftest lies what that imports
     for ci, outcome in (("", "1 skipped"), ("true", "1 error")):
         monkeypatch.setenv("CI", ci)
-        root = Path(__file__).parents[2]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(root), "--confcutdir", str(root)]
         done = subprocess.run(
             [*command, "-c", str(root / "pyproject.toml"), "-p", "tests.conftest", str(tests)],

@@ -164,7 +164,7 @@ def test_routing_and_audit_are_read(two: Two) -> None:
 def test_every_scope_opens_its_own_operations_alone(two: Two) -> None:
     reads = {"adapters:write", "adapters:promote", "gates:override"}
     secrets = {scope: two.key(scope, scope) for scope in SCOPES}
-    assert len(OPERATIONS) == 13
+    assert len(OPERATIONS) == 14
     for each in OPERATIONS:
         path = each.path.format(adapter="none", rollout="none")
         for scope, secret in secrets.items():
