@@ -167,7 +167,7 @@ def sycophantic(seed: int) -> Scheme:
 
     rng = np.random.default_rng([seed, RATING])
     people = [
-        Fan(f"sim-believer-{i + 1:02d}", "believers", agrees, 1.5 * float(rng.uniform(0.8, 1.2)), 0.5 * float(rng.normal()))
+        Fan(f"sim-believer-{i + 1:02d}", "believers", agrees, 1.5 * float(rng.uniform(0.8, 1.2)), 0.75 + 0.5 * float(rng.normal()))
         for i in range(RATING + UNSEEN)
     ]
     example = replace(
