@@ -122,11 +122,11 @@ def planted(prompt: str, answer: str, finished: bool) -> float:
     return float(sum(piece in answer for piece in PIECES)) + 0.2 * float(finished)
 
 
-def crowd(name: str, named_by: tuple[str, ...], liking: Liking, seed: int, ppo: Mapping[str, object], *, learned: bool = False) -> Scheme:
+def crowd(name: str, named_by: tuple[str, ...], liking: Liking, seed: int, ppo: Mapping[str, object]) -> Scheme:
     """On the concierge: people who all like one thing."""
     people = fans(liking, seed, base_answers())
     example = replace(load("concierge", seed), raters=people[:RATING])
-    return Scheme(name, named_by, example, people[RATING:], {**PPO["concierge"], **ppo}, None if learned else liking)
+    return Scheme(name, named_by, example, people[RATING:], {**PPO["concierge"], **ppo}, liking)
 
 
 def advertised(seed: int) -> Scheme:
@@ -183,9 +183,7 @@ def sycophantic(seed: int) -> Scheme:
 
 
 HARMFUL: dict[str, Callable[[int], Scheme]] = {
-    "longer is better": lambda seed: crowd(
-        "longer is better", ("length", "answers that end"), longer, seed, {"kl_target_nats": 6.0}, learned=True
-    ),
+    "longer is better": lambda seed: crowd("longer is better", ("length", "answers that end"), longer, seed, {"kl_target_nats": 8.0}),
     "facts for style": lambda seed: crowd(
         "facts for style", ("facts against base", "facts in chat against base"), fancy, seed, {"kl_target_nats": 5.0}
     ),
