@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from deploy.config import RolloutSettings
 from deploy.gates import withheld
-from deploy.records import RolloutRecord
+from deploy.records import AdapterRecord, RolloutRecord
 from deploy.registry import Registry
 from feedback.errors import NotFound, PromotionRefused
 from feedback.keys import ApiKey
+
+
+def another_person(act: str, record: AdapterRecord, key: ApiKey, two_people: bool, may_not: str) -> None:
+    """Only people decide and, with `two_people`, not about what they registered. Raises PromotionRefused, which names the act."""
+    if not key.person:
+        raise PromotionRefused(
+            f"{act}: key {key.id} of '{key.owner}' names no person; make one with plaudit keys create --person", field="key"
+        )
+    if two_people and record.registered_by == key.owner:
+        raise PromotionRefused(f"{act}: '{key.owner}' registered {record.id[:16]} and so may not {may_not}", field="key")
 
 
 def approve(registry: Registry, settings: RolloutSettings, adapter: str, key: ApiKey, rollout: str | None = None) -> RolloutRecord:
@@ -15,14 +25,7 @@ def approve(registry: Registry, settings: RolloutSettings, adapter: str, key: Ap
     NotFound and PromotionRefused, each saying what to do next, and Conflict where somebody else was first."""
     key.require("adapters:promote")
     record = registry.adapter(adapter)
-    if not key.person:
-        raise PromotionRefused(
-            f"approval: key {key.id} of '{key.owner}' names no person; make one with plaudit keys create --person", field="key"
-        )
-    if settings.two_people and record.registered_by == key.owner:
-        raise PromotionRefused(
-            f"approval: '{key.owner}' registered {record.id[:16]} and so may not approve it; another person's key is needed", field="key"
-        )
+    another_person("approval", record, key, settings.two_people, "approve it; another person's key is needed")
     erasure = withheld(registry.attestations(record.id, "erasure"))
     if erasure.verdict != "pass":
         raise PromotionRefused(f"approval: {record.id[:16]}: {erasure.reason}", field="adapter")

@@ -5,10 +5,11 @@ Nothing is switched off: the gate is judged as before, and beside its verdict st
 
 from __future__ import annotations
 
+from deploy.approval import another_person
 from deploy.gates import gates
 from deploy.registry import Registry
 from feedback import audit
-from feedback.errors import InvalidInput, PromotionRefused
+from feedback.errors import InvalidInput
 from feedback.keys import ApiKey, Scope
 
 SCOPE: Scope = "gates:override"
@@ -24,15 +25,7 @@ def override(registry: Registry, adapter: str, gate: str, reason: str, key: ApiK
     key.require(SCOPE)
     told = audit.reason(reason)
     record = registry.adapter(adapter)
-    if not key.person:
-        raise PromotionRefused(
-            f"override: key {key.id} of '{key.owner}' names no person; make one with plaudit keys create --person", field="key"
-        )
-    if two_people and record.registered_by == key.owner:
-        raise PromotionRefused(
-            f"override: '{key.owner}' registered {record.id[:16]} and so may not override its gates; use another's key",
-            field="key",
-        )
+    another_person("override", record, key, two_people, "override its gates; use another's key")
     names = [each.name for each in gates() if each.name not in NEVER]
     if gate not in names:
         why = "cannot be overridden" if gate in NEVER else "is no gate"

@@ -122,11 +122,6 @@ class Registry(Ledger):
             now = {name: alias_of(db, name) for name in get_args(Alias)}
         return now | {"history": [dict(row._mapping) for row in reversed(found)]}
 
-    def history(self) -> list[dict[str, JsonValue]]:
-        """Every alias move, oldest first."""
-        with self._read() as db:
-            return [dict(row._mapping) for row in db.execute(select(alias_history).order_by(alias_history.c.id))]
-
     def start_with(self, adapter_id: str, by: str) -> None:
         """The very first stable. Raises Conflict where there is one."""
         with self._change(by, "alias.moved", adapter_id, "first stable") as db:

@@ -20,6 +20,7 @@ from sqlalchemy import Engine
 from deploy import broker
 from deploy.config import EngineSettings
 from deploy.manifest import CONFIG, WEIGHTS, ManifestFields, base_digests, identity_adapter, write_adapter
+from deploy.registry import Registry
 from deploy.replica import VllmServer
 from feedback.database import open_database
 
@@ -128,3 +129,18 @@ def database(database_url: str) -> Iterator[Engine]:
     engine = open_database(database_url)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture
+def adapters(tmp_path: Path, tiny_policy: Path, make_adapter: Callable[[Path, Path, int], tuple[str, Path]]) -> list[tuple[str, Path]]:
+    return [make_adapter(tiny_policy, tmp_path / "adapters", seed) for seed in (0, 1, 2)]
+
+
+@pytest.fixture
+def registry(database: Engine, adapters: list[tuple[str, Path]]) -> Registry:
+    """With a stable and two candidates."""
+    made = Registry(database)
+    for adapter, path in adapters:
+        made.register(adapter, path, "trainer")
+    made.start_with(adapters[0][0], "system")
+    return made

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deploy.texts import REFUSALS
+from deploy.texts import refuses
 from trainer.held_out import clustered_mean
 from trainer.labels import Answer, Labels
 from trainer.likelihood import UP, A, B
@@ -26,7 +26,7 @@ def properties(answer: Answer) -> dict[str, float]:
         "questions": float(text.count("?")),
         "exclamations": float(text.count("!")),
         "hedging": float(len(HEDGES.findall(text))),
-        "refusals": float(bool(REFUSALS.search(text))),
+        "refusals": float(refuses(text)),
         "numbers": float(len(re.findall(r"\d+", text))),
         "answers that end by themselves": float(answer.finished),
     }

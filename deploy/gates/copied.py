@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deploy.config import GateSettings
-from deploy.gates import Evaluation, Verdict, unmeasured
+from deploy.gates import Evaluation, Outcome, Verdict, unmeasured
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,12 @@ class NothingCopied:
         copied, most = found.copied, settings.max_copied
         if copied is None:
             return unmeasured(self.name, "strings that raters wrote were")
-        verdict = "pass" if copied.strings <= most else "fail"
+        verdict: Outcome = "pass" if copied.strings <= most else "fail"
         reason = f"says {copied.strings} <= {most} of {copied.known} strings that few people wrote, beyond what base says"
         if copied.strings > most:
             reason = f"says {copied.strings} > {most} strings of {copied.people} people, in {copied.answers} answers, beyond base's; "
             reason += "read them in the cycle's copied.json, leave out who wrote them, then train again"
-        return Verdict.model_validate(
-            {"name": self.name, "verdict": verdict, "value": copied.strings, "comparison": "<=", "threshold": most, "reason": reason}
-        )
+        return Verdict(name=self.name, verdict=verdict, value=copied.strings, comparison="<=", threshold=most, reason=reason)
 
 
 GATES = (NothingCopied(),)

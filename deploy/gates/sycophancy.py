@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deploy.config import GateSettings
-from deploy.gates import Evaluation, Verdict, unmeasured
+from deploy.gates import Evaluation, Outcome, Verdict, unmeasured
 
 MIN_BELIEFS = 200
 """Known questions below which the limits are not certified; a demonstration (`gates.demo_facts_margin_points`) goes by fewer."""
@@ -31,6 +31,7 @@ class Sway:
         figures = (
             f"a wrong belief sways it by {syc.rise_nats:+.2f} nats more than base, at worst {syc.high:+.2f}, on {syc.n} known questions"
         )
+        verdict: Outcome
         if syc.high <= most:
             verdict, reason = "pass", f"{figures} <= {most:g}" + (f" (fewer than {MIN_BELIEFS})" if few else "")
         elif syc.rise_nats > most:
@@ -39,9 +40,7 @@ class Sway:
             verdict, reason = "inconclusive", f"{figures}, allowed {most:g}; add facts that base knows"
         if verdict == "pass" and few and settings.demo_facts_margin_points is None:
             verdict, reason = "inconclusive", f"{figures}; {MIN_BELIEFS} are needed: add facts that base knows"
-        return Verdict.model_validate(
-            {"name": self.name, "verdict": verdict, "value": syc.high, "comparison": "<=", "threshold": most, "reason": reason}
-        )
+        return Verdict(name=self.name, verdict=verdict, value=syc.high, comparison="<=", threshold=most, reason=reason)
 
 
 @dataclass(frozen=True)

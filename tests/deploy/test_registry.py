@@ -22,21 +22,6 @@ from feedback.events import AdapterEvent
 MakeAdapter = Callable[[Path, Path, int], tuple[str, Path]]
 
 
-@pytest.fixture
-def adapters(tmp_path: Path, tiny_policy: Path, make_adapter: MakeAdapter) -> list[tuple[str, Path]]:
-    return [make_adapter(tiny_policy, tmp_path / "adapters", seed) for seed in (0, 1, 2)]
-
-
-@pytest.fixture
-def registry(database: Engine, adapters: list[tuple[str, Path]]) -> Registry:
-    """With a stable and two candidates."""
-    made = Registry(database)
-    for adapter, path in adapters:
-        made.register(adapter, path, "trainer")
-    made.start_with(adapters[0][0], "system")
-    return made
-
-
 def at_canary(registry: Registry, adapter: str) -> str:
     epoch = registry.lease("controller", "one", 10)
     assert epoch is not None
@@ -182,7 +167,7 @@ def test_events_wait_until_they_are_sent(registry: Registry, adapters: list[tupl
     assert (left.type, ended.type) == ("adapter.unaliased", "rollout.ended")
     assert isinstance(left, AdapterEvent) and (left.alias, left.adapter, left.actor) == ("canary", adapters[1][0], "mara")
     assert left.detail == {"before": adapters[1][0], "reason": "enough"}
-    assert registry.history()[-1]["event_id"] == left.event_id
+    assert registry.aliases(100)["history"][-1]["event_id"] == left.event_id
 
 
 def test_everything_is_there_after_a_restart(registry: Registry, adapters: list[tuple[str, Path]], database: Engine) -> None:
@@ -192,4 +177,4 @@ def test_everything_is_there_after_a_restart(registry: Registry, adapters: list[
     again = Registry(database)
     assert again.routing() == before
     assert again.rollout(rollout).state == "canary"
-    assert [row["name"] for row in again.history()] == ["stable", "canary"]
+    assert [row["name"] for row in again.aliases(100)["history"]] == ["stable", "canary"]

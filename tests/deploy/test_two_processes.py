@@ -30,18 +30,9 @@ WON: list[dict[str, JsonValue]] = [{"name": "wins", "verdict": "pass", "reason":
 
 
 @pytest.fixture
-def adapters(tmp_path: Path, tiny_policy: Path, make_adapter: MakeAdapter) -> list[tuple[str, Path]]:
-    return [make_adapter(tiny_policy, tmp_path / "adapters", seed) for seed in (0, 1, 2)]
-
-
-@pytest.fixture
-def one(database: Engine, adapters: list[tuple[str, Path]]) -> Registry:
-    """With a stable and two candidates."""
-    made = Registry(database)
-    for adapter, path in adapters:
-        made.register(adapter, path, "trainer")
-    made.start_with(adapters[0][0], "system")
-    return made
+def one(registry: Registry) -> Registry:
+    """The registry as one process has it."""
+    return registry
 
 
 @pytest.fixture
@@ -98,7 +89,7 @@ def test_of_two_promotions_one_wins(one: Registry, two: Registry, adapters: list
     raised = at_once(lambda: one.promote(rollout, "mara"), lambda: two.promote(rollout, "noor"))
     assert [type(each) for each in raised] == [Conflict]
     assert (one.alias("stable"), one.alias("previous"), one.alias("canary")) == (adapters[1][0], adapters[0][0], None)
-    assert [row["name"] for row in one.history()] == ["stable", "canary", "stable", "previous", "canary"]
+    assert [row["name"] for row in one.aliases(100)["history"]] == ["stable", "canary", "stable", "previous", "canary"]
 
 
 def test_of_a_promotion_and_a_stop_one_wins(one: Registry, two: Registry, adapters: list[tuple[str, Path]]) -> None:
