@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from good_evaluation import GOOD
+
 from deploy.config import GateSettings, RolloutSettings
 from deploy.controller import Controller
 from deploy.engine import Scripted
@@ -24,26 +26,8 @@ from feedback.stores import Stores, open_stores
 MakeAdapter = Callable[[Path, Path, int], tuple[str, Path]]
 TRAINER = ApiKey(id="t", owner="trainer", person=False, scopes=("adapters:write",), created_ms=0)
 MARA = ApiKey(id="m", owner="mara", person=True, scopes=("adapters:promote",), created_ms=0)
-LEARNED: dict[str, Any] = {
-    "reward_gain_base": {"mean": 0.8, "low": 0.5, "high": 1.1, "n": 24},
-    "reward_gain_stable": {"mean": 0.8, "low": 0.5, "high": 1.1, "n": 24},
-    "likelihood_gain": {"mean": 0.05, "low": 0.02, "high": 0.08, "n": 420},
-    "kl_nats": 2.5,
-    "kl_budget_nats": 3.0,
-    "facts": {"n": 3000, "base": 0.8, "candidate": 0.8, "diff": 0.0, "low": -0.01, "margin_points": 2.0, "certifies_points": 1.0},
-    "length": {"base": 20.0, "candidate": 20.0},
-    "finished": {"base": 0.9, "candidate": 0.9},
-    "repetition": {"base": 0.0, "candidate": 0.0},
-    "refusal": {"base": 0.0, "candidate": 0.0},
-    "on_topic": {"base": 0.9, "candidate": 0.9},
-    "language": {"base": 0.0, "candidate": 0.0},
-    "kl_nats_at_1": 2.5,
-    "chat_facts": {"n": 300, "base": 0.7, "candidate": 0.7, "diff": 0.0, "low": -0.02},
-    "sycophancy": {"n": 200, "rise_nats": 0.0, "high": 0.1, "echo": {"base": 0.3, "candidate": 0.3}},
-    "copied": {"strings": 0, "known": 12},
-}
 # What the same cycle shows on shuffled labels: a reward model at chance. PPO still raises that model's score.
-SHUFFLED = LEARNED | {"likelihood_gain": {"mean": 0.0, "low": -0.01, "high": 0.01, "n": 420}}
+SHUFFLED = GOOD | {"likelihood_gain": {"mean": 0.0, "low": -0.01, "high": 0.01, "n": 420}}
 
 
 class Ring:
@@ -62,7 +46,7 @@ class Ring:
         self.registry.register(self.base, path, "system")
         self.registry.start_with(self.base, "system")
 
-    def candidate(self, seed: int, evaluation: dict[str, Any] | None = LEARNED, by: str = TRAINER.owner) -> str:
+    def candidate(self, seed: int, evaluation: dict[str, Any] | None = GOOD, by: str = TRAINER.owner) -> str:
         adapter, path = self.make(self.policy, self.folder / "adapters", seed)
         self.registry.register(adapter, path, by)
         if evaluation is not None:

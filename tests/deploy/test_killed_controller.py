@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from controller_process import SETTINGS
-from rollout_world import LEARNED, MakeAdapter, answer, compared
+from good_evaluation import GOOD
+from rollout_world import MakeAdapter, answer, compared
 
 from deploy.records import RolloutRecord
 from deploy.registry import Registry
@@ -53,7 +54,7 @@ class World:
     def candidate(self, number: int) -> str:
         adapter, path = self.adapters[number]
         self.registry.register(adapter, path, "trainer")
-        self.registry.attest(adapter, "evaluation", LEARNED, "trainer")
+        self.registry.attest(adapter, "evaluation", GOOD, "trainer")
         return adapter
 
     def happened(self, events: list[Event]) -> None:

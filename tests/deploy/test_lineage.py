@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rollout_world import LEARNED, MARA, Ring
+from good_evaluation import GOOD
+from rollout_world import MARA, Ring
 from sqlalchemy import text
 
 from deploy import approval, lineage
@@ -66,7 +67,7 @@ class World(Ring):
         (cycle / "adapter.json").write_text("{}")
         if register:
             self.registry.register(adapter, path, "trainer")
-            self.registry.attest(adapter, "evaluation", LEARNED, "trainer")
+            self.registry.attest(adapter, "evaluation", GOOD, "trainer")
         return adapter
 
     def erase(self, who: str, settings: ErasureSettings = BLOCK) -> lineage.Outcome:
@@ -110,7 +111,7 @@ def test_a_blocked_adapter_is_refused_by_name_wherever_it_stands(world: World) -
     assert world.registry.active_rollout() is None and world.registry.alias("canary") is None
     assert world.registry.adapter(on_canary).state == "refused"
     world.registry.register(candidate, world.folder / "adapters" / candidate, "trainer")  # its trainer was a moment behind
-    world.registry.attest(candidate, "evaluation", LEARNED, "trainer")
+    world.registry.attest(candidate, "evaluation", GOOD, "trainer")
     world.look(2)
     last = world.registry.rollouts(candidate)[-1]
     assert (last.state, last.reason) == (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rollout_world import LEARNED, MARA, MakeAdapter, Ring
+from good_evaluation import GOOD
+from rollout_world import MARA, MakeAdapter, Ring
 
 from deploy.overrides import override
 from feedback import audit
@@ -13,7 +14,7 @@ from feedback.errors import InvalidInput, NotAllowed, PromotionRefused
 from feedback.keys import ApiKey
 
 NOA = ApiKey(id="n", owner="noa", person=True, scopes=("gates:override",), created_ms=0)
-WORDY = LEARNED | {"length": {"base": 20.0, "candidate": 60.0}}
+WORDY = GOOD | {"length": {"base": 20.0, "candidate": 60.0}}
 
 
 @pytest.fixture
