@@ -133,12 +133,13 @@ def test_scores_and_first_thumbs(stores: Stores) -> None:
 
 
 def test_who_was_erased_is_not_read_again(stores: Stores) -> None:
-    happened(stores, *chain(*(answered(stores, f"{arm[0]}{person}", arm) for person in range(12) for arm in ARMS)))
+    happened(stores, *chain(*(answered(stores, f"{arm}-{person}", arm) for person in range(12) for arm in ARMS)))
     watched = watch(stores)
     watched.look()
-    happened(stores, SubjectErased(event_id=new_id(), subject="c3"))
+    assert "canary-3" in repr(vars(watched.guards))
+    happened(stores, SubjectErased(event_id=new_id(), subject="canary-3"))
     watched.look()
-    assert "c3" not in repr(vars(watched.guards))
+    assert "canary-3" not in repr(vars(watched.guards))
     assert "11 in the canary and 12 in the baseline" in reasons(watch(stores))["sample ratio"]
 
 
