@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import structlog
-from sqlalchemy import Connection, Engine, MetaData, Table, Update, create_engine, event, insert, select
+from sqlalchemy import Connection, Engine, MetaData, Table, Update, create_engine, event, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -277,18 +278,18 @@ def truncate_wal(db: sqlite3.Connection, what: str, timeout_s: float = 20.0) -> 
         raise NotDurable(f"the write-ahead log of {what} could not be emptied: {exc}", retry_after_s=2) from exc
 
 
+def insert_missing(engine: Engine, table: Table) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT that leaves a row alone whose key is there, whichever process wrote it."""
+    if engine.dialect.name == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing()
+    return sqlite.insert(table).on_conflict_do_nothing()
+
+
 def ensure_row(engine: Engine, table: Table, key: str, values: Mapping[str, Any]) -> None:
-    """Insert the row unless one with this key is there. Safe when several processes do it at once. Raises NotDurable."""
-    there = select(table.c[key]).where(table.c[key] == values[key])
-    try:
-        with transaction(engine) as db:
-            if db.execute(there).first() is None:
-                db.execute(insert(table).values(**values))
-    except NotDurable:
-        # Another process may have been faster; then the row is there now.
-        with transaction(engine) as db:
-            if db.execute(there).first() is None:
-                raise
+    """Insert the row unless one with this key is there; looks first, because most often it is. Raises NotDurable."""
+    with transaction(engine) as db:
+        if db.execute(select(table.c[key]).where(table.c[key] == values[key])).first() is None:
+            db.execute(insert_missing(engine, table).values(**values))
 
 
 def create_tables(engine: Engine, metadata: MetaData) -> None:

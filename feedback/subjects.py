@@ -18,17 +18,17 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pydantic import BaseModel
 from sqlalchemy import BigInteger, Column, Engine, Integer, LargeBinary, MetaData, String, Table, func, insert, select, update
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from feedback import audit
 from feedback.clock import wall_ms
-from feedback.database import create_tables, transaction, truncate_wal
+from feedback.database import create_tables, insert_missing, transaction, truncate_wal
 from feedback.errors import ConfigError, Gone, InvalidInput, NotDurable
 from feedback.events import Sealed
 from feedback.ids import Ids
@@ -67,6 +67,15 @@ class _Key:
     read_at: float
 
 
+@dataclass(eq=False)
+class _Insert:
+    """A new key on its way into the database."""
+
+    row: dict[str, Any]
+    tried: bool = False
+    failed: SQLAlchemyError | None = None
+
+
 class Subjects:
     """Thread-safe. Everything here is synchronous: a known key costs microseconds, a new one a database commit."""
 
@@ -79,6 +88,8 @@ class Subjects:
         self._kek = AESGCM(kek)
         self._cache: OrderedDict[str, _Key] = OrderedDict()
         self._lock = threading.Lock()
+        self._new: list[_Insert] = []
+        self._committing = threading.Lock()
 
     def pseudonym(self, tenant: str, external_id: str) -> str:
         """What is stored instead of a person's id."""
@@ -216,21 +227,35 @@ class Subjects:
             if not create:
                 raise Gone("this person was erased, and what belongs to what they said before goes with it")
             generation = 1 if row is None else row.generation + 1
-            secret = os.urandom(32)
-            new = {
-                "subject": subject,
-                "generation": generation,
-                "wrapped": self._wrap(subject, generation, secret),
-                "created_ms": wall_ms(),
-            }
-            try:
-                with self._engine.begin() as db:
-                    db.execute(insert(subject_keys).values(**new))
-                return _Key(generation, secret, time.monotonic())
-            except IntegrityError:  # another process was first: take its key
-                with self._engine.connect() as db:
-                    row = db.execute(newest).one()
+            wrapped = self._wrap(subject, generation, os.urandom(32))
+            self._insert({"subject": subject, "generation": generation, "wrapped": wrapped, "created_ms": wall_ms()})
+            with self._engine.connect() as db:
+                row = db.execute(newest).one()  # another process may have been first: then it is that one's key
         return _Key(row.generation, self._unwrap(subject, row.generation, row.wrapped), time.monotonic())
+
+    def _insert(self, row: dict[str, Any]) -> None:
+        """Commit a new key. Those that come while one is being committed share the next commit: a crowd of new people costs few fsyncs,
+        and the database's lock is asked for once by a process, not by each of its threads. Raises SQLAlchemyError."""
+        mine = _Insert(row)
+        with self._lock:
+            self._new.append(mine)
+        with self._committing:
+            if not mine.tried:
+                with self._lock:
+                    together, self._new = self._new, []
+                self._commit(together)
+        if mine.failed is not None:
+            raise mine.failed
+
+    def _commit(self, together: Sequence[_Insert]) -> None:
+        for each in together:
+            each.tried = True
+        try:
+            with self._engine.begin() as db:
+                db.execute(insert_missing(self._engine, subject_keys), [each.row for each in together])
+        except SQLAlchemyError as exc:
+            for each in together:
+                each.failed = exc
 
     def _secret(self, subject: str, generation: int) -> bytes:
         with self._lock:

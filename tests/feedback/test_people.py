@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,11 @@ from cryptography.fernet import Fernet
 from feedback_world import stores_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from feedback import audit
 from feedback.clock import wall_ms
+from feedback.database import open_database
 from feedback.errors import ConfigError, Conflict, Gone, InvalidInput, NotAllowed, NotAuthenticated, NotDurable, NotFound
 from feedback.events import FeedbackText, Sealed
 from feedback.ids import Ids
@@ -186,6 +189,43 @@ def test_two_processes_agree_on_a_new_persons_key_and_a_box_cannot_be_moved(tmp_
     wrong = Subjects(stores.engine, b"x" * 32, pseudonym)
     with pytest.raises(ConfigError, match="kek"):
         wrong.open(sealed, FeedbackText)
+    stores.close()
+
+
+def test_a_crowd_of_new_people_shares_commits_and_a_failed_one_fails_for_all_in_it(tmp_path: Path) -> None:
+    stores = stores_in(tmp_path)
+    other = open_database(stores.engine.url.render_as_string(hide_password=False))
+    commits = 0
+
+    def committed(_: object) -> None:
+        nonlocal commits
+        commits += 1
+
+    event.listen(stores.engine, "commit", committed)
+
+    def seal(number: int) -> str:
+        try:
+            return stores.subjects.seal((f"person {number}",), FeedbackText(comment=str(number))).box
+        except NotDurable as exc:
+            return str(exc)
+
+    def crowd(numbers: range, wait_s: float) -> list[str]:
+        with ThreadPoolExecutor(len(numbers)) as threads, other.connect() as held:
+            held.exec_driver_sql("BEGIN IMMEDIATE")
+            waiting = [threads.submit(seal, number) for number in numbers]
+            time.sleep(wait_s)
+            held.rollback()
+            return [each.result() for each in waiting]
+
+    boxes = crowd(range(40), 0.5)
+    assert 1 <= commits <= 4, "the first alone, then those who came meanwhile"
+    texts = [stores.subjects.open(Sealed(subjects=(f"person {number}",), box=box), FeedbackText) for number, box in enumerate(boxes)]
+    assert [each.comment for each in texts] == [str(number) for number in range(40)]
+    event.listen(stores.engine, "checkout", lambda connection, *_: connection.execute("PRAGMA busy_timeout=100"))
+    assert set(crowd(range(40, 50), 2.0)) == {"a subject's key could not be stored: database is locked"}
+    assert not any(stores.subjects.known(f"person {number}") for number in range(40, 50)), "nothing of it is written"
+    assert all("database" not in box for box in (seal(number) for number in range(40, 50))), "and asked again it works"
+    other.dispose()
     stores.close()
 
 
