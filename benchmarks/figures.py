@@ -28,8 +28,8 @@ def collect(fresh: Path, kept: Path) -> list[dict[str, Any]]:
 
 
 def number(value: object) -> str:
-    """Three significant digits of a float, anything else as it is."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """Three significant digits of a float, anything else as it is, for a cell of a table."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", r"\|")
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -51,7 +51,7 @@ def page(results: list[dict[str, Any]]) -> str:
             "|---|---|---|---|",
         ]
         lines += [
-            f"| {check['what']} | {number(check['value'])} | {check['bound']} | {'yes' if check['ok'] else '**no**'} |"
+            f"| {number(check['what'])} | {number(check['value'])} | {check['bound']} | {'yes' if check['ok'] else '**no**'} |"
             for check in result["checks"]
         ]
         lines += table(result["figures"].get("table", []))
