@@ -15,7 +15,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,10 @@ from feedback.limits import UNLIMITED
 from feedback.stores import open_stores
 from serving.app import create_app
 from serving.chat import Gateway
-from serving.config import ComparisonSettings, GatewaySettings, ServerSettings
+from serving.config import KEEP_ALIVE_S, ComparisonSettings, GatewaySettings, ServerSettings
 
 MODEL = "plaudit"
 START_S, STOP_S = 30.0, 10.0
-ROUTE_REFRESH_S = 0.05
 CONTEXT = multiprocessing.get_context("forkserver")
 # A child imports its main module again, so what the benchmarks import is in the list too.
 CONTEXT.set_forkserver_preload(["benchmarks.harness", "benchmarks.load", "feedback.snapshot", "pyarrow.parquet", "kafka"])
@@ -67,6 +67,7 @@ class Spec:
     """A model server in the scripted engine's place."""
     change: Callable[[Gateway], None] | None = None
     """What is done to the gateway before it serves."""
+    server: ServerSettings = field(default_factory=partial(ServerSettings, route_refresh_s=0.05))
 
 
 class Child:
@@ -163,9 +164,9 @@ class Every(dict[str, Path]):
         return True
 
 
-def gateway_settings(feedback: FeedbackSettings) -> GatewaySettings:
+def gateway_settings(feedback: FeedbackSettings, server: ServerSettings) -> GatewaySettings:
     return GatewaySettings(
-        server=ServerSettings(route_refresh_s=ROUTE_REFRESH_S),
+        server=server,
         comparison=ComparisonSettings(page_share=0),
         policy=PolicySettings(name=MODEL),
         feedback=feedback,
@@ -179,11 +180,11 @@ def _serve(ready: Connection, spec: Spec, port: int, clock_ms: Any) -> None:
     feedback = FeedbackSettings(data_dir=spec.data_dir)
     stores = open_stores(Settings(feedback=feedback), spec.name)
     bug.stores(stores)
-    app = create_app(stores, Registry(stores.engine), _engine(spec), gateway_settings(feedback))
+    app = create_app(stores, Registry(stores.engine), _engine(spec), gateway_settings(feedback, spec.server))
     bug.gateway(app.state.gateway)
     if spec.change is not None:
         spec.change(app.state.gateway)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=1))
 
     async def run() -> None:
         serving = asyncio.create_task(server.serve([socket.create_server(("127.0.0.1", port))]))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from feedback.config import FeedbackSettings, Settings
 from feedback.errors import EngineUnavailable, NotDurable, NotFound
 from feedback.stores import open_stores
 from serving.chat import Gateway
+from serving.config import ServerSettings
 
 Change = Callable[[Gateway], None]
 
@@ -51,8 +53,8 @@ PASSES: dict[str, Any] = {
 
 
 def chant(name: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Every word says which adapter it is of."""
-    return " ".join([name] * WORDS)
+    """Every word says which adapter it is of. Answers differ in length, or else all would ask at the same moments, with pauses between."""
+    return " ".join([name] * (WORDS // 2 + zlib.crc32(str(messages[-1]["content"]).encode()) % WORDS))
 
 
 def lead(ready: Connection, data_dir: Path, ingests: bool) -> None:
@@ -105,7 +107,7 @@ class Place:
 def place(
     changes: Sequence[Change | None] = (None, None), engine_url: str | None = None, ingests: bool = False
 ) -> Iterator[tuple[Place, str]]:
-    """A gateway for each change, a leader, and the key of those who ask."""
+    """A gateway as shipped for each change, a leader, and the key of those who ask."""
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder)
         secret = make_world(data_dir, FOLDER / "rollback-adapters")
@@ -114,7 +116,9 @@ def place(
         stable = registry.routing().stable.adapter
         other = next(each.id for each in registry.adapters() if each.id != stable)
         registry.attest(other, "evaluation", PASSES, "operator")
-        specs = [Spec(data_dir, f"gateway-{at}", None, TOKEN_S, chant, engine_url, change) for at, change in enumerate(changes)]
+        specs = [
+            Spec(data_dir, f"gateway-{at}", None, TOKEN_S, chant, engine_url, change, ServerSettings()) for at, change in enumerate(changes)
+        ]
         leader = Child(data_dir / "leader.out", lead, data_dir, ingests)
         gateways = [GatewayProcess(spec) for spec in specs]
         try:

@@ -22,6 +22,8 @@ Body = Mapping[str, Any]
 """A chat completion request in OpenAI's shape; `model` is the name of a loaded adapter."""
 Chunk = dict[str, Any]
 """One `chat.completion.chunk` in OpenAI's shape."""
+IDLE_S = 2.0
+"""How long an unused connection is kept: vLLM closes one after VLLM_HTTP_TIMEOUT_KEEP_ALIVE, 5 s, and a question sent then is lost."""
 
 
 class Engine(Protocol):
@@ -111,7 +113,8 @@ class VLLM:
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None or self._session.closed:
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=self._timeout)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
         return self._session
 
     @asynccontextmanager

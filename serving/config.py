@@ -9,6 +9,10 @@ from pydantic import Field
 from deploy.config import ErasureSettings, PolicySettings, RolloutSettings
 from feedback.config import FeedbackSettings, LimitSettings, Section
 
+KEEP_ALIVE_S = 75
+"""How long an unused connection stays open: longer than clients and load balancers keep theirs (httpx 5 s, aiohttp 15 s, nginx and AWS
+60 s), because a question sent over one that the server is closing is lost."""
+
 
 class ServerSettings(Section):
     """`[server]`: where the gateway listens and how much it takes on."""

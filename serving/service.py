@@ -29,7 +29,7 @@ from deploy.webhooks import Deliveries, Webhooks
 from feedback.errors import ConfigError, PlauditError
 from feedback.stores import Stores
 from serving.app import create_app
-from serving.config import GatewaySettings
+from serving.config import KEEP_ALIVE_S, GatewaySettings
 
 ARCHIVE_EVERY_S = 0.3
 ERASURES_EVERY_S = 10.0
@@ -122,7 +122,7 @@ class Service:
         )
         app = create_app(self.stores, self.registry, self.engine, self.gateway)
         listener = listen(self.gateway.server.host, self.gateway.server.port)
-        http = _Http(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        http = _Http(uvicorn.Config(app, log_level="warning", timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=5))
         tasks = [
             asyncio.create_task(agent.run(progress)),
             asyncio.create_task(Controller(judge, self.stores.log).run()),

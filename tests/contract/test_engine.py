@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
-from deploy.engine import VLLM, Engine, Scripted
+from deploy.engine import IDLE_S, VLLM, Engine, Scripted
 from deploy.manifest import vllm_name
 from feedback.errors import EngineRefused, EngineUnavailable
 
@@ -69,6 +71,32 @@ def test_it_is_ready(world: World) -> None:
         assert await engine.ready() is True
 
     world.run(check)
+
+
+def test_an_unused_connection_is_given_up_before_vllm_closes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import envs
+
+    assert IDLE_S <= envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE / 2
+    monkeypatch.setattr("deploy.engine.IDLE_S", 0.2)
+    connections: list[object] = []
+
+    async def health(request: web.Request) -> web.Response:
+        connections.append(request.transport)
+        return web.Response()
+
+    async def check() -> None:
+        app = web.Application()
+        app.router.add_get("/health", health)
+        async with TestServer(app) as server:
+            engine = VLLM(str(server.make_url("")))
+            for pause_s in (0.0, 0.0, 0.5):
+                await asyncio.sleep(pause_s)
+                assert await engine.ready()
+            await engine.close()
+
+    asyncio.run(check())
+    first, at_once, later = connections
+    assert first is at_once and later is not first
 
 
 def test_it_says_which_adapters_are_in_flight(world: World) -> None:

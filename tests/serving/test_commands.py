@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -98,6 +99,17 @@ def test_killed_in_mid_stream_it_starts_again_with_what_it_had(up: Up, tmp_path:
     assert again == "", "the admin's key is shown once"
     assert httpx2.get(f"{url}/v1/feedback", headers=token).json()["state"]["rating"] == "up"
     assert httpx2.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_a_connection_that_rests_longer_than_clients_keep_theirs_stays_open(up: Up) -> None:
+    _, url, _ = up(0)
+    with httpx2.Client(limits=httpx2.Limits(keepalive_expiry=60)) as client:
+        ports = []
+        for pause_s in (0, 6):  # httpx drops its own after 5 s, and uvicorn would as soon
+            time.sleep(pause_s)
+            stream = client.get(f"{url}/healthz").extensions["network_stream"]
+            ports.append(stream.get_extra_info("client_addr"))
+    assert ports[0] == ports[1]
 
 
 def test_a_second_one_is_refused_on_the_folder_and_on_the_port(up: Up, tmp_path: Path) -> None:
