@@ -29,6 +29,8 @@ from feedback.files import sync
 
 CHUNK_BYTES = 1 << 20
 MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 34
+"""More than the largest adapter has, and less than fills a disk: a store may send what it likes."""
 RETRY_S = 5.0
 PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 """A file's name that leads nowhere else on any system."""
@@ -156,9 +158,12 @@ def _manifest(content: bytes, adapter_id: str) -> Manifest:
 
 
 def _copy(source: IO[bytes], target: IO[bytes], digest: str, what: str) -> None:
-    found = hashlib.sha256()
+    found, size = hashlib.sha256(), 0
     while chunk := source.read(CHUNK_BYTES):
         found.update(chunk)
+        size += len(chunk)
+        if size > MAX_FILE_BYTES:
+            raise Conflict(f"{what} has more than {MAX_FILE_BYTES} bytes, the most that is copied")
         target.write(chunk)
     if found.hexdigest() != digest:
         raise Conflict(f"{what} has SHA-256 {found.hexdigest()[:16]}…, its manifest says {digest[:16]}…")

@@ -80,6 +80,18 @@ def test_what_does_not_hash_to_its_digest_is_refused(url: str, tmp_path: Path, a
     assert list((tmp_path / "two").iterdir()) == []
 
 
+def test_a_store_that_sends_without_end_fills_no_disk(
+    url: str, tmp_path: Path, adapter: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter_id, made = adapter
+    AdapterStore(url, tmp_path / "one").put(made)
+    put_file(url, f"{adapter_id}/{WEIGHTS}", bytes(3 << 20))
+    monkeypatch.setattr("deploy.store.MAX_FILE_BYTES", 1 << 20)
+    with pytest.raises(Conflict, match=f"{WEIGHTS} of adapter {adapter_id[:16]} has more than 1048576 bytes, the most that is copied"):
+        AdapterStore(url, tmp_path / "two").fetch(adapter_id)
+    assert not list((tmp_path / "two").iterdir())
+
+
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", ".hidden", "a/b", "a\\b", "manifest.json", ""])
 def test_a_manifest_cannot_name_a_file_elsewhere(name: str, tmp_path: Path, adapter: tuple[str, Path]) -> None:
     url = f"file://{tmp_path / 'store'}"
