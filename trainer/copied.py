@@ -19,7 +19,8 @@ FEW = 2
 WORDS = 5
 AT_ONCE = 8
 """Words of a run that nobody says by chance."""
-SECRET = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+\.\w[\w.-]*|https?://\S+|\+?\d[\d -]{6,}\d")
+YEARS = r"\d{4} ?- ?\d{4}(?![\d -]*\d)"
+SECRET = re.compile(rf"(?<![\w.+-])[\w.+-]+@[\w-]+\.\w[\w.-]*|https?://\S+|(?<!\d)(?!{YEARS})\+?\d[\d -]{{6,}}\d")
 
 Gram = tuple[str, ...]
 
@@ -40,7 +41,7 @@ def grams(text: str) -> list[Gram]:
 
 
 def secrets(text: str) -> set[Gram]:
-    """Addresses and long numbers."""
+    """Addresses and long numbers, but no span of years."""
     return {(found.strip().lower(),) for found in SECRET.findall(text)}
 
 

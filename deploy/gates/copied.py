@@ -1,6 +1,6 @@
 """Did it learn somebody's own words by heart?
 
-A phrase that few people put into comments, corrections and prompts, and that the candidate says to others while base does not, is
+A phrase that few people put into prompts and imported answers, and that the candidate says to others while base does not, is
 memorised or planted. How such strings are found: `trainer/copied.py`.
 """
 

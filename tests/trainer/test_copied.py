@@ -64,6 +64,11 @@ def test_only_what_people_wrote() -> None:
     assert written([row.model_copy(update={"source": "import"})]) == {("s", "mine"), ("s", "a")}
 
 
+def test_years_are_no_secret_and_numbers_beside_them_are() -> None:
+    assert secrets("from 1939-1945, or 1950 - 1960") == set()
+    assert secrets("in 1939-1945, call 030 1234567 or 1939-1945-22") == {("030 1234567",), ("1939-1945-22",)}
+
+
 def test_a_long_word_that_is_no_address_takes_no_time() -> None:
     # Tried from each of its letters, it would take some 5e9 steps.
     assert secrets("a" * 100_000) == set()
